@@ -1,0 +1,25 @@
+# Each target sets up what it needs in .venv first, and reuses it the next time.
+.PHONY: help demo test test-fast lint hooks
+
+help:
+	@echo "make demo       train a small MoE language model, BF16 beside FP8 (options: make demo ARGS=--help)"
+	@echo "make test       the whole suite"
+	@echo "make test-fast  lint and the quick tests"
+	@echo "make lint       ruff and the rules of the house"
+	@echo "make hooks      run the quick suite before each commit"
+
+demo:
+	@bash tools/ci/ensure_env.sh
+	.venv/bin/python examples/train_ernie_moe.py $(ARGS)
+
+test:
+	@bash tools/ci/run_core_tests.sh
+
+test-fast:
+	@bash tools/ci/run_core_tests.sh --fast
+
+lint:
+	@bash tools/ci/run_core_tests.sh --phase lint
+
+hooks:
+	git config core.hooksPath .githooks

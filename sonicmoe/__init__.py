@@ -1,0 +1,30 @@
+"""sonicmoe: the Mixture-of-Experts layer for Paddle and torch.
+
+Importing this package loads no framework, initialises no device and leaves the environment
+as it is. The Paddle entry points load Paddle when they are first asked for.
+"""
+
+import importlib
+
+from .capabilities import API_VERSION, CAPABILITIES
+from .config import SonicMoEConfig
+from .enums import ActivationType, KernelBackendMoE
+
+__version__ = "0.1.0"
+
+# Public name -> submodule that holds it; loaded on first use so that `import sonicmoe` stays light.
+_LAZY = {
+    "SonicMoEMlpNode": ".ernie_compat",
+    "run_sonic_moe": ".ernie_compat",
+}
+
+__all__ = ["API_VERSION", "CAPABILITIES", "ActivationType", "KernelBackendMoE", "SonicMoEConfig", *_LAZY]
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Relative to whatever name this package goes by: some callers load it under another parent.
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,101 @@
+"""Argument checks that name the argument, what was given and what is needed.
+
+They look at shapes, dtypes and host values only, so none of them waits for a device.
+"""
+
+from collections.abc import Sequence
+
+FLOAT_DTYPES = ("bfloat16", "float16", "float32")
+INT_DTYPES = ("int32", "int64")
+FP8_DTYPE = "float8_e4m3fn"
+
+# Kernels move 16 bytes at a time, and FP8 blocks are 128 wide: the same limits hold on every backend,
+# so that what runs on a CPU today runs on a GPU tomorrow.
+ALIGN_BYTES = 16
+FP8_ALIGN = 128
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def dtype_name(tensor) -> str:
+    """``"bfloat16"`` for both ``torch.bfloat16`` and ``paddle.bfloat16``."""
+    return str(tensor.dtype).rsplit(".", 1)[-1]
+
+
+def shape_of(tensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in tensor.shape)
+
+
+def require_tensor(name: str, value) -> None:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape") or not hasattr(value, "data_ptr"):
+        raise TypeError(f"{name}: got {type(value).__name__}, need a tensor")
+
+
+def require_rank(name: str, tensor, rank: int, layout: str) -> None:
+    if len(tensor.shape) != rank:
+        raise ValueError(f"{name}: got shape {list(shape_of(tensor))}, need {rank} dimensions {layout}")
+
+
+def require_shape(name: str, tensor, shape: Sequence[int], layout: str) -> None:
+    if shape_of(tensor) != tuple(shape):
+        raise ValueError(f"{name}: got shape {list(shape_of(tensor))}, need {list(shape)} ({layout})")
+
+
+def require_dtype(name: str, tensor, allowed: Sequence[str]) -> None:
+    if dtype_name(tensor) not in allowed:
+        raise TypeError(f"{name}: got dtype {dtype_name(tensor)}, need {' or '.join(allowed)}")
+
+
+def require_contiguous(name: str, tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got a non-contiguous tensor, need a contiguous one (call .contiguous())")
+
+
+def require_same_place(name: str, tensor, reference_name: str, reference) -> None:
+    given, needed = place_name(tensor), place_name(reference)
+    if given != needed:
+        raise ValueError(f"{name}: got a tensor on {given}, need {needed}, where {reference_name} is")
+
+
+def place_name(tensor) -> str:
+    """``cpu``, ``cuda:0``, ``gpu:0``: one spelling per framework, good for comparing and for messages."""
+    place = getattr(tensor, "place", None)  # Paddle; its custom places have no torch-style device
+    if place is not None:
+        return str(place).removeprefix("Place(").removesuffix(")")
+    return str(tensor.device)
+
+
+def is_cpu(tensor) -> bool:
+    return place_name(tensor) == "cpu"
+
+
+def require_int(name: str, value, minimum: int = 1) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or number != value or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, need an integer")
+    if number < minimum:
+        raise ValueError(f"{name}: got {number}, need at least {minimum}")
+    return number
+
+
+def require_layer_sizes(hidden_size: int, intermediate_size: int, storage: str, fp8: bool) -> None:
+    """H and I must suit the widest load and, under FP8, whole 128-blocks."""
+    step = FP8_ALIGN if fp8 else ALIGN_BYTES // ITEMSIZE[storage]
+    why = "FP8 blocks" if fp8 else f"{ALIGN_BYTES}-byte rows of {storage}"
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size % step:
+            raise ValueError(f"{name}: got {size}, need a multiple of {step} for {why}")
+
+
+def host_counts(tokens_per_expert, n_experts: int) -> list[int]:
+    """Counts as a list of E ints. A list or NumPy array costs nothing; a device tensor is copied to the host."""
+    given = tokens_per_expert.tolist() if hasattr(tokens_per_expert, "tolist") else tokens_per_expert
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(
+            f"tokens_per_expert: got {type(tokens_per_expert).__name__}, need a list, NumPy array or int tensor"
+        )
+    if len(given) != n_experts:
+        raise ValueError(f"tokens_per_expert: got {len(given)} counts, need one for each of {n_experts} experts")
+    return [require_int(f"tokens_per_expert[{expert}]", count, 0) for expert, count in enumerate(given)]

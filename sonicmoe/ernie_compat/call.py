@@ -1,0 +1,90 @@
+"""One forward and its backward on Paddle's tape, for the node and for ``run_sonic_moe`` alike.
+
+Everything that belongs to a call lives in its ``ExpertCall``, which Paddle's context holds: a node called again before
+its backward, recomputed, or driven from another thread never meets another call's state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import paddle
+from paddle.autograd import PyLayer
+
+from .. import checks, expert_mlp
+from ..gemm.plan import Plan
+from ..quant.formats import QuantTensor
+from ..routing.metadata import Routing
+from .fp8_payload import combine_gradient
+
+
+@dataclass
+class ExpertCall:
+    """What one call computes with. ``x`` is a bf16 tensor or an FP8 payload, free of the tape."""
+
+    x: Any
+    routing: Routing
+    weights: expert_mlp.ExpertWeights
+    plan: Plan
+    need_dx: bool
+    need_ds: bool
+    experts1: tuple[bool, ...]
+    experts2: tuple[bool, ...]
+    on_wgrad: Callable  # (PendingWgrad, experts1, experts2) -> None
+    combine_grad_handle: dict | None = None
+    saved: Any = field(default=None, init=False)
+
+    @property
+    def need_wgrad(self) -> bool:
+        return any(self.experts1) or any(self.experts2)
+
+    @property
+    def need_backward(self) -> bool:
+        return self.need_dx or self.need_ds or self.need_wgrad
+
+
+class _ExpertMlp(PyLayer):
+    """x, probs and the anchor are on the tape; weights are not, their gradients go to main_grad."""
+
+    @staticmethod
+    def forward(ctx, x, probs, anchor, call: ExpertCall):
+        ctx.call = call
+        out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        call = ctx.call
+        n_rows, hidden = checks.shape_of(dout)
+        grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
+        with paddle.no_grad():
+            grads = expert_mlp.backward(
+                call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
+            )
+            if grads.wgrad is not None:
+                call.on_wgrad(grads.wgrad, call.experts1, call.experts2)
+        # Paddle wants None exactly where an input's stop_gradient is set; the anchor's own gradient is nothing.
+        return grads.dx, grads.ds, paddle.zeros([1], dtype="float32")
+
+
+def needs_grad(tensor) -> bool:
+    """Asked outside ``apply``: inside it Paddle does not tell the truth."""
+    return paddle.is_grad_enabled() and not tensor.stop_gradient
+
+
+def run(x_on_tape, probs, call: ExpertCall):
+    """out [T,H] on the tape. A call without anything to differentiate keeps nothing."""
+    if not paddle.is_grad_enabled() or not call.need_backward:
+        with paddle.no_grad():
+            out, _ = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=False)
+        return out
+    # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a
+    # backward, and Paddle runs one only if some input of the PyLayer wants a gradient.
+    anchor = paddle.zeros([1], dtype="float32")
+    anchor.stop_gradient = False
+    return _ExpertMlp.apply(x_on_tape, probs, anchor, call)
+
+
+def storage_of(x) -> str:
+    """The type of the layer's output and of what it stores: x's own, bf16 for an FP8 dispatch."""
+    return "bfloat16" if isinstance(x, QuantTensor) else checks.dtype_name(x)

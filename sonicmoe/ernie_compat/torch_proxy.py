@@ -1,0 +1,63 @@
+"""Makes `import torch` inside this package mean Paddle: the one place that switches the proxy on.
+
+The kernel-side modules are written once against the torch API. Paddle can answer `import torch` for chosen packages
+(`paddle.enable_compat`, earlier `paddle.compat.enable_torch_proxy`). It has to happen before those modules are
+imported, and no real torch must have reached them.
+"""
+
+import sys
+
+import paddle
+
+# Packages that import torch by themselves and must meet Paddle as well.
+_COMPANIONS = ("quack", "triton")
+
+
+def package_root() -> str:
+    """The name that this package goes by here: ``sonicmoe``, or ``some_parent.sonicmoe``."""
+    return __package__.rpartition(".")[0]
+
+
+def _enabler():
+    """Newer Paddle has only the first name, older Paddle only the second."""
+    found = getattr(paddle, "enable_compat", None)
+    if found is None:
+        found = getattr(getattr(paddle, "compat", None), "enable_torch_proxy", None)
+    if found is None:
+        raise ImportError(
+            f"sonicmoe: paddle {paddle.__version__} has neither paddle.enable_compat nor "
+            "paddle.compat.enable_torch_proxy; need paddlepaddle 3.3 or newer"
+        )
+    return found
+
+
+def is_paddle(torch_module) -> bool:
+    """Whether a module's ``torch`` is Paddle behind its proxy."""
+    return getattr(torch_module, "Tensor", None) is paddle.Tensor
+
+
+def ensure() -> None:
+    """Switch the proxy on for this package. Calling it again, or after the user did so, changes nothing."""
+    root = package_root()
+    engine = sys.modules.get(f"{root}.expert_mlp")
+    if engine is not None:
+        if not is_paddle(engine.torch):
+            raise ImportError(
+                "sonicmoe: its kernels are already loaded on real torch in this process, and one process runs one "
+                "framework; import sonicmoe.ernie_compat before anything of sonicmoe that runs on torch"
+            )
+        return
+    enable = _enabler()
+    scope = {root, *_COMPANIONS}
+    try:
+        enable(scope=scope, silent=True)
+    except TypeError:  # versions without ``silent`` warn when a scope grows, and do the same
+        enable(scope=scope)
+
+
+def verify() -> None:
+    """After the imports: fail here, by name, if a real torch slipped in."""
+    root = package_root()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{root}.") and hasattr(module, "torch") and not is_paddle(module.torch):
+            raise ImportError(f"sonicmoe: {name} was loaded on real torch, but this process runs it under Paddle")

@@ -1,0 +1,148 @@
+"""A node's view of its experts' parameters, and the one owner of every copy made from them.
+
+Copies (native layout, FP8) belong to a *weight epoch*. An epoch ends when the bytes of a parameter change, whoever
+changed them. The epoch is told by a fingerprint of those bytes: Paddle's version counters are no witness, because
+neither ``set_value`` (which also loads state dicts) nor an optimizer's kernel moves them.
+"""
+
+import hashlib
+import threading
+
+import paddle
+
+from .. import checks
+from ..enums import is_glu
+from ..gemm.api import ExpertWeights
+from ..gemm.plan import Plan
+from ..quant import naive as quant
+from .weight_layout_fusion import fused_grouped_w1_to_sonic, fused_transpose_w2_layout
+
+
+def tensor_bytes(tensor) -> memoryview:
+    """A CPU tensor's storage for reading. Integer views because NumPy knows no bfloat16."""
+    return memoryview(tensor.detach().contiguous().view(paddle.uint8).numpy()).cast("B")
+
+
+def is_emptied(tensor) -> bool:
+    """Whether the caller released the parameter's storage, keeping its shape."""
+    return not tensor._is_initialized()
+
+
+class WeightStore:
+    """Parameters of one node: a list of experts, or one object with fused ``weight1`` and ``weight2``."""
+
+    def __init__(self, experts, n_experts: int, hidden_size: int, intermediate_size: int, activation):
+        self.n_experts, self.hidden_size, self.intermediate_size = n_experts, hidden_size, intermediate_size
+        self.glu = is_glu(activation)
+        self.width = intermediate_size * (2 if self.glu else 1)
+        self.fused = hasattr(experts, "weight1") and hasattr(experts, "weight2")
+        self._experts = experts if self.fused else self._as_list(experts)
+        self._lock = threading.Lock()
+        self._copies: dict = {}  # (storage, recipe) -> ExpertWeights, all of the present epoch
+        self._fingerprint: bytes | None = None
+        self.epoch = 0
+        self.check()
+
+    def _as_list(self, experts):
+        if not isinstance(experts, (list, tuple)) and not isinstance(experts, paddle.nn.LayerList):
+            raise TypeError(
+                f"experts: got {type(experts).__name__}, need a list of experts with .up_gate_proj.weight and "
+                ".down_proj.weight, or one object with .weight1 and .weight2"
+            )
+        experts = list(experts)
+        if len(experts) != self.n_experts:
+            raise ValueError(f"experts: got {len(experts)}, need n_experts={self.n_experts}")
+        for number, expert in enumerate(experts):
+            for projection in ("up_gate_proj", "down_proj"):
+                if not hasattr(getattr(expert, projection, None), "weight"):
+                    raise TypeError(f"experts[{number}]: got {type(expert).__name__} without .{projection}.weight")
+        return experts
+
+    # The parameters are looked up anew each time: frameworks replace parameter objects when they convert or shard.
+    def params1(self) -> list:
+        return [self._experts.weight1] if self.fused else [e.up_gate_proj.weight for e in self._experts]
+
+    def params2(self) -> list:
+        return [self._experts.weight2] if self.fused else [e.down_proj.weight for e in self._experts]
+
+    def named(self):
+        """(name, parameter, shape, layout) of every parameter."""
+        e, h, i, f = self.n_experts, self.hidden_size, self.intermediate_size, self.width
+        f_name = "2I" if self.glu else "I"
+        if self.fused:
+            yield "experts.weight1", self._experts.weight1, (e, h, f), f"[E, H, {f_name}]"
+            yield "experts.weight2", self._experts.weight2, (e, i, h), "[E, I, H]"
+            return
+        for number, expert in enumerate(self._experts):
+            yield f"experts[{number}].up_gate_proj.weight", expert.up_gate_proj.weight, (h, f), f"[H, {f_name}]"
+            yield f"experts[{number}].down_proj.weight", expert.down_proj.weight, (i, h), "[I, H]"
+
+    def check(self) -> None:
+        first = None
+        for name, param, shape, layout in self.named():
+            checks.require_tensor(name, param)
+            checks.require_shape(name, param, shape, layout)
+            checks.require_dtype(name, param, checks.FLOAT_DTYPES)
+            if is_emptied(param):
+                raise ValueError(f"{name}: its storage is empty; SonicMoEMlpNode reads its weights at every forward")
+            first = first or (name, param)
+            if param.dtype != first[1].dtype:
+                raise TypeError(
+                    f"{name}: got dtype {checks.dtype_name(param)}, need {checks.dtype_name(first[1])}, which {first[0]} has"
+                )
+            checks.require_same_place(name, param, *first)
+
+    def place_of(self):
+        return self.params1()[0]
+
+    def trainable(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """For each expert, whether its two weights take a gradient."""
+        repeat = self.n_experts if self.fused else 1
+        return tuple(tuple([not p.stop_gradient for p in ps] * repeat) for ps in (self.params1(), self.params2()))
+
+    def _read_fingerprint(self) -> bytes:
+        digest = hashlib.sha256()
+        for param in (*self.params1(), *self.params2()):
+            digest.update(tensor_bytes(param))
+        return digest.digest()
+
+    def current(self, plan: Plan) -> ExpertWeights:
+        """This moment's weights as the engine reads them; copies are shared by all calls of one epoch."""
+        self.check()
+        with self._lock:
+            fingerprint = self._read_fingerprint()
+            if fingerprint != self._fingerprint:
+                self._fingerprint, self._copies = fingerprint, {}
+                self.epoch += 1
+            key = (plan.storage, plan.recipe)
+            if key not in self._copies:
+                self._copies[key] = self._make(plan)
+            return self._copies[key]
+
+    def _make(self, plan: Plan) -> ExpertWeights:
+        with paddle.no_grad():
+            w1_EHF = self._stacked(self.params1(), plan.storage)
+            w1 = fused_grouped_w1_to_sonic(w1_EHF) if self.glu else fused_transpose_w2_layout(w1_EHF)
+            w2 = fused_transpose_w2_layout(self._stacked(self.params2(), plan.storage))
+            if plan.recipe is None:
+                return ExpertWeights(w1, w2, None, self.hidden_size, self.intermediate_size)
+            fp8 = quant.quantize_weights(w1, w2, plan.recipe)
+            return ExpertWeights(None, None, fp8, self.hidden_size, self.intermediate_size)
+
+    def _stacked(self, params, storage):
+        whole = params[0].detach() if self.fused else paddle.stack([p.detach() for p in params], axis=0)
+        return whole.astype(storage)
+
+    def invalidate(self) -> None:
+        """Drop every copy. Calls in flight keep the ones they forwarded with."""
+        with self._lock:
+            self._copies = {}
+
+    def release_fp8(self) -> None:
+        """Drop the FP8 copies only."""
+        with self._lock:
+            self._copies = {key: copy for key, copy in self._copies.items() if key[1] is None}
+
+    def fp8_copies(self) -> int:
+        with self._lock:
+            return sum(key[1] is not None for key in self._copies)

@@ -1,0 +1,112 @@
+"""The engine: forward and backward of one expert MLP over a Routing. It knows no autograd and no framework glue.
+
+    out, saved = forward(x, routing, weights, plan)
+    grads = backward(saved, dout)                  # dx, ds, and wgrads still to be run
+    grads.wgrad.accumulate_dw1(buffers); grads.wgrad.accumulate_dw2(buffers)
+
+``Saved`` holds what backward reads and no more: x as it was given, z (as FP8 under FP8, or nothing if z is
+recomputed), the routing and the weights of this forward. Neither y nor gathered x is ever kept. The weights are
+those that forward used: an optimizer that runs in between cannot mix two epochs in one gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .gemm import api
+from .gemm.api import ExpertWeights, GradBuffers
+from .gemm.plan import Plan
+from .quant.formats import QuantTensor
+from .routing import naive as routing_ops
+from .routing.metadata import Routing
+
+
+@dataclass
+class Saved:
+    """What one forward leaves for its backward."""
+
+    x: Any  # [T,H] tensor, or QuantTensor if the dispatch was FP8
+    z: Any  # [M,F], or None if recomputed
+    routing: Routing
+    weights: ExpertWeights
+    plan: Plan
+    released: bool = False
+
+    def release(self) -> None:
+        self.x = self.z = self.weights = None
+        self.released = True
+
+
+@dataclass
+class PendingWgrad:
+    """Weight gradients that backward has prepared and that run when their owner says so (at once, or deferred)."""
+
+    saved_x: Any
+    dout: Any
+    dz: Any
+    pa: Any
+    routing: Routing
+    plan: Plan
+
+    def accumulate_dw1(self, buffers: GradBuffers) -> None:
+        api.stages(self.plan).accumulate_dw1(self.dz, self.saved_x, self.routing, self.plan, buffers)
+
+    def accumulate_dw2(self, buffers: GradBuffers) -> None:
+        api.stages(self.plan).accumulate_dw2(self.pa, self.dout, self.routing, self.plan, buffers)
+
+
+@dataclass
+class Grads:
+    dx: Any  # [T,H] or None
+    ds: Any  # [T,K] float32 or None
+    wgrad: PendingWgrad | None
+
+
+def forward(x, routing: Routing, weights: ExpertWeights, plan: Plan, keep: bool = True):
+    """out [T,H] in the storage type, and what backward needs (None unless ``keep``)."""
+    run = api.stages(plan)
+    x_rows = run.prepare_rows(x, plan)
+    z, a = run.up_projection(x_rows, weights, routing, plan, need_a=True)
+    saved = None
+    if keep:
+        saved = Saved(x=x, z=None if plan.recompute_z else z, routing=routing, weights=weights, plan=plan)
+    # y and a go out of scope with this frame; under stagewise memory z does so before the next GEMM.
+    z = None
+    y = run.down_projection(a, weights, routing, plan)
+    return routing_ops.sum_slots(y, routing, getattr(torch, plan.storage), routing.scores), saved
+
+
+def backward(saved: Saved, dout, *, need_dx: bool = True, need_ds: bool = True, need_wgrad: bool = True) -> Grads:
+    """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8."""
+    if saved.released:
+        raise RuntimeError("backward ran twice through a call whose activations stage-wise memory released the first time")
+    plan, routing, weights = saved.plan, saved.routing, saved.weights
+    run = api.stages(plan)
+    dout_rows = run.prepare_rows(dout, plan)
+    z = saved.z
+    if z is None:
+        z, _ = run.up_projection(run.prepare_rows(saved.x, plan), weights, routing, plan, need_a=False)
+    dz, pa, ds = run.down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad=need_wgrad)
+    dx = None
+    if need_dx:
+        dx_rows = run.up_projection_backward(dz, weights, routing, plan)
+        dx = routing_ops.sum_slots(dx_rows, routing, getattr(torch, plan.storage))
+    wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
+    if plan.stagewise:
+        saved.release()
+    return Grads(dx=dx, ds=routing_ops.scatter_slot_grads(ds, routing) if need_ds else None, wgrad=wgrad)
+
+
+__all__ = [
+    "ExpertWeights",
+    "GradBuffers",
+    "Grads",
+    "PendingWgrad",
+    "Plan",
+    "QuantTensor",
+    "Routing",
+    "Saved",
+    "backward",
+    "forward",
+]

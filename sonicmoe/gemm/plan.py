@@ -1,0 +1,72 @@
+"""What one call of the engine does, decided once, before anything runs."""
+
+from dataclasses import dataclass
+
+from ..enums import ActivationType, is_glu
+from ..quant.formats import FP8_ROW_BLOCK, Recipe, make_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forward and backward of one call follow the same plan, whatever the configuration is by then."""
+
+    activation: ActivationType
+    clamp: float | None
+    storage: str  # dtype of x, out and the stored activations: bfloat16, float16 or float32
+    recipe: Recipe | None  # None: no FP8
+    fp8_wgrad: bool
+    recompute_z: bool
+    stagewise: bool
+    device: str
+    backend: str
+
+    @property
+    def row_block(self) -> int:
+        """Rows that an expert's segment is filled to."""
+        return 1 if self.recipe is None else FP8_ROW_BLOCK
+
+    def width(self, intermediate_size: int) -> int:
+        """Columns of the up-projection."""
+        return intermediate_size * (2 if is_glu(self.activation) else 1)
+
+    @property
+    def path(self) -> str:
+        """What runs, for people: ``cpu/naive/fp8-sm90+fp8_wgrad``."""
+        if self.recipe is None:
+            kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[self.storage]
+        else:
+            kind = f"fp8-{self.recipe.name}" + ("+iso32" if self.recipe.weight_rows == 32 else "")
+            kind += "+pow2" if self.recipe.pow2 and not self.recipe.ue8m0 else ""
+            kind += "+fp8_wgrad" if self.fp8_wgrad else "+bf16_wgrad"
+        kind += "+recompute_z" if self.recompute_z else ""
+        kind += "+stagewise" if self.stagewise else ""
+        return f"{self.device}/{self.backend}/{kind}"
+
+
+def make_plan(config, activation, *, storage: str, device: str) -> Plan:
+    """Read the configuration once. ``device`` is the place's type: ``cpu``, or an accelerator's name."""
+    kind = ActivationType.parse(activation)
+    if config.swiglu_clamp is not None and kind is not ActivationType.SWIGLU:
+        raise ValueError(f"swiglu_clamp: got {config.swiglu_clamp} with activation {kind.value!r}, which has no clamp")
+    recipe = None
+    if config.use_fp8:
+        if storage == "float32":
+            raise TypeError("x: got dtype float32 under FP8, need bfloat16 or float16")
+        name = "sm90" if config.fp8_recipe == "auto" else config.fp8_recipe
+        recipe = make_recipe(name, iso32=config.fp8_iso32_weight, pow2=config.fp8_pow2_scale)
+    if device != "cpu" and config.backend != "naive":
+        raise ValueError(
+            f"device: got {device}, and this version has no kernels for it; run on the CPU, or set backend='naive' in "
+            "SonicMoEConfig to run the reference engine there"
+        )
+    return Plan(
+        activation=kind,
+        clamp=config.swiglu_clamp,
+        storage=storage,
+        recipe=recipe,
+        fp8_wgrad=recipe is not None and config.fp8_wgrad,
+        recompute_z=recipe is not None and config.fp8_recompute_z,
+        stagewise=config.stagewise,
+        device=device,
+        backend="naive",
+    )

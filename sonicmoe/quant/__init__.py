@@ -1,0 +1,1 @@
+"""FP8: formats, quantizers, and the payloads that dispatchers hand over."""

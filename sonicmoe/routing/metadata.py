@@ -1,0 +1,61 @@
+"""Routing metadata: from a dispatcher's top-k to the arrays that the grouped kernels read.
+
+T tokens, K slots a token, E experts. A slot (t,k) is *valid* when 0 <= idx[t,k] < E. S valid slots in all.
+*Compact* order numbers the valid slots by (t,k). *Sorted* order numbers them by (expert, t, k), with each non-empty
+expert's segment filled to a multiple of ``block`` by pad rows: M rows in all. Pad rows gather row 0 and score 0.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import naive
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One dispatch. Index arrays are int32; offsets into sorted rows are padded offsets."""
+
+    expert_offset: Any  # [E+1] sorted row where each expert begins
+    x_gather_idx: Any  # [M] sorted row -> token (pads: 0)
+    s_scatter_idx: Any  # [M] sorted row -> compact slot (pads: S, S+1, ...)
+    s_reverse_scatter_idx: Any  # [S] compact slot -> sorted row
+    slot_offset: Any  # [T+1] token -> its first compact slot
+    scores: Any  # [M] float32, by compact slot; 0 from S on
+    score_src_idx: Any  # [S] compact slot -> flat (t,k)
+    n_tokens: int
+    n_topk: int
+    n_experts: int
+    n_slots: int  # S
+    n_rows: int  # M
+    block: int
+
+    @property
+    def n_pad_rows(self) -> int:
+        return self.n_rows - self.n_slots
+
+
+def build(indices, probs, n_experts: int, block: int, counts: list[int] | None = None, validate: bool = False) -> Routing:
+    """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
+
+    ``counts`` are the dispatcher's real tokens per expert. On the CPU they are compared with the indices, because
+    a count that does not match sends rows to the wrong expert.
+    """
+    if validate:
+        naive.check_rows(indices, n_experts)
+    arrays = naive.build(indices, probs, n_experts, block)
+    found = arrays.pop("counts")
+    if counts is not None and found != counts:
+        expert = next(e for e in range(n_experts) if found[e] != counts[e])
+        raise ValueError(
+            f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but dispatched_indices "
+            f"hold {found[expert]} slots for it (sum {sum(found)})"
+        )
+    return Routing(
+        **arrays,
+        n_tokens=int(indices.shape[0]),
+        n_topk=int(indices.shape[1]),
+        n_experts=n_experts,
+        n_slots=int(arrays["score_src_idx"].shape[0]),
+        n_rows=int(arrays["x_gather_idx"].shape[0]),
+        block=block,
+    )
