@@ -32,7 +32,7 @@ def parse_arguments(argv=None):
                       help="scales of FP8: Hopper's fp32 1x128 and 128x128, or Blackwell's power-of-two 1x32")
 
     size = parser.add_argument_group("the model")
-    size.add_argument("--layers", type=_positive, default=4, metavar="N", help="layers; the first one is dense")
+    size.add_argument("--layers", type=_positive, default=3, metavar="N", help="layers; the first one is dense")
     size.add_argument("--hidden", type=_positive, default=128, metavar="N",
                       help="channels of a token; a multiple of 128 for FP8")
     size.add_argument("--intermediate", type=_positive, default=128, metavar="N",
@@ -46,11 +46,11 @@ def parse_arguments(argv=None):
     train.add_argument("--batch", type=_positive, default=16, metavar="N", help="sequences of an optimizer step")
     train.add_argument("--micro-batches", type=_positive, default=4, metavar="N",
                        help="parts that a batch is split into; their gradients accumulate")
-    train.add_argument("--seq", type=_positive, default=128, metavar="N", help="bytes of a sequence")
-    train.add_argument("--learning-rate", type=float, default=3e-3, metavar="X",
+    train.add_argument("--seq", type=_positive, default=64, metavar="N", help="bytes of a sequence")
+    train.add_argument("--learning-rate", type=float, default=5e-3, metavar="X",
                        help="peak, after the warm-up; falls to a tenth along a cosine")
     train.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of linear warm-up")
-    train.add_argument("--balance", type=float, default=0.02, metavar="X",
+    train.add_argument("--balance", type=float, default=0.05, metavar="X",
                        help="weight of the loss that keeps the experts evenly loaded")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and of the batches")
     train.add_argument("--text", type=Path, metavar="FILE",

@@ -25,7 +25,7 @@ class ModelConfig:
     vocabulary: int = 256
     hidden: int = 128
     intermediate: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     experts: int = 8
     topk: int = 2
@@ -152,31 +152,30 @@ class Block(nn.Layer):
 
 
 class ErnieMoELM(nn.Layer):
-    """Next-byte language model; the embedding is also the output projection."""
+    """Next-byte language model."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        initializer = nn.initializer.Normal(0.0, 1.0 / math.sqrt(config.hidden))
+        # Rows of magnitude 1, as large as what the blocks add to them: smaller ones would drown in the first branches.
+        initializer = nn.initializer.Normal(0.0, 1.0)
         self.embedding = nn.Embedding(
             config.vocabulary, config.hidden, weight_attr=paddle.ParamAttr(initializer=initializer)
         )
         self.blocks = nn.LayerList([Block(config, is_moe=layer > 0) for layer in range(config.layers)])
         self.norm = RMSNorm(config.hidden)
+        self.head = init_linear(config.hidden, config.vocabulary)
 
     def forward(self, tokens_BS):
         """Returns logits_BSV, the balance loss (mean over MoE layers), the load as a NumPy array load_LE."""
-        # One table serves both ends: small rows for logits near 1, scaled up so that the residual stream, too, starts
-        # near 1. Unscaled, the first branches would drown the token.
-        x_BSH = self.embedding(tokens_BS) * math.sqrt(self.config.hidden)
+        x_BSH = self.embedding(tokens_BS)
         balance_losses, loads = [], []
         for block in self.blocks:
             x_BSH, balance_loss, tokens_per_expert = block(x_BSH)
             if balance_loss is not None:
                 balance_losses.append(balance_loss)
                 loads.append(tokens_per_expert)
-        logits_BSV = paddle.matmul(self.norm(x_BSH), self.embedding.weight, transpose_y=True)
-        return logits_BSV, paddle.add_n(balance_losses) / len(balance_losses), np.array(loads)
+        return self.head(self.norm(x_BSH)), paddle.add_n(balance_losses) / len(balance_losses), np.array(loads)
 
     def loss(self, windows):
         """Cross-entropy in nats a byte over int64 [B, S + 1], then the balance loss and load_LE of ``forward``."""

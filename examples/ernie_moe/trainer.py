@@ -19,10 +19,10 @@ class TrainConfig:
     steps: int = 100
     batch: int = 16
     micro_batches: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     warmup: int = 10
-    balance: float = 0.02
-    eval_batch: int = 32
+    balance: float = 0.05
+    eval_batch: int = 64
     seed: int = 0
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class Trainer:
         """Held-out loss in nats a byte, also noted in the history."""
         config = self.config
         windows = self.corpus.held_out_batch(config.eval_batch)
-        chunk = max(1, config.batch // config.micro_batches)
+        chunk = min(16, config.eval_batch)
         total = 0.0
         with paddle.no_grad():
             for start in range(0, len(windows), chunk):

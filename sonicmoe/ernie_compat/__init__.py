@@ -9,8 +9,9 @@ from . import torch_proxy
 torch_proxy.ensure()
 
 from .deepep_metadata import deepep_topk_to_sonic_metadata  # noqa: E402
-from .fleet import quantize_native_fp8_weights, run_sonic_moe  # noqa: E402
+from .fleet import run_sonic_moe  # noqa: E402
 from .mlp_node import SonicMoEMlpNode  # noqa: E402
+from .quantizers import quantize_activation_blockscaled_fast, quantize_native_fp8_weights  # noqa: E402
 from .weight_layout_fusion import (  # noqa: E402
     fused_grouped_w1_to_sonic,
     fused_sonic_w1_to_grouped,
@@ -25,6 +26,7 @@ __all__ = [
     "fused_grouped_w1_to_sonic",
     "fused_sonic_w1_to_grouped",
     "fused_transpose_w2_layout",
+    "quantize_activation_blockscaled_fast",
     "quantize_native_fp8_weights",
     "run_sonic_moe",
 ]

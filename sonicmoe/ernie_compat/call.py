@@ -4,6 +4,7 @@ Everything that belongs to a call lives in its ``ExpertCall``, which Paddle's co
 its backward, recomputed, or driven from another thread never meets another call's state.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,40 @@ class _ExpertMlp(PyLayer):
 def needs_grad(tensor) -> bool:
     """Asked outside ``apply``: inside it Paddle does not tell the truth."""
     return paddle.is_grad_enabled() and not tensor.stop_gradient
+
+
+class _WiderGradient(PyLayer):
+    """An e4m3 tensor whose gradient, 1024 in bf16, e4m3 cannot hold."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.astype("float32")
+
+    @staticmethod
+    def backward(ctx, dout):
+        return (dout * 1024.0).astype("bfloat16")
+
+
+@functools.cache
+def tape_keeps_bf16_gradient_of_e4m3() -> bool:
+    """Whether this Paddle hands a bf16 gradient of an e4m3 tensor on as it is.
+
+    Stock 3.3 casts it to e4m3 without a scale: wrong numbers and no error. Tried once, on one element.
+    """
+    with paddle.enable_grad():
+        x = paddle.zeros([1], dtype="float32").astype(paddle.float8_e4m3fn)
+        x.stop_gradient = False
+        _WiderGradient.apply(x).sum().backward()
+        return checks.dtype_name(x.grad) == "bfloat16"
+
+
+def require_gradient_carrier(name: str, x) -> None:
+    """Refuse an e4m3 tensor on the tape where its gradient would be ruined on the way out."""
+    if checks.dtype_name(x) == checks.FP8_DTYPE and needs_grad(x) and not tape_keeps_bf16_gradient_of_e4m3():
+        raise ValueError(
+            f"{name}: got a float8_e4m3fn tensor that needs a gradient, but this Paddle casts gradients of such tensors "
+            f"to e4m3 without a scale; pass a bf16 [T, H] tensor as {name} to carry the gradient, and the FP8 data beside it"
+        )
 
 
 def run(x_on_tape, probs, call: ExpertCall):

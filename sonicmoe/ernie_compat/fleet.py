@@ -13,10 +13,10 @@ from ..enums import ActivationType, is_glu
 from ..gemm.api import ExpertWeights, GradBuffers
 from ..gemm.plan import Plan, make_plan
 from ..quant import naive as quant
-from ..quant.formats import QuantWeights, make_recipe
+from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
 from . import dispatch
-from .call import ExpertCall, needs_grad, run, storage_of
+from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
 from .fleet_config import resolve
 from .fp8_payload import weight_payload
 from .main_grad import require_main_grad
@@ -38,9 +38,12 @@ def run_sonic_moe(
     fp8_config=None,
     release_fp8_weights=False,
     activation_type=ActivationType.SWIGLU,
+    hidden_states_fp8=None,
 ):
     """out [T,H] bf16 in token order for hidden_states [T,H] (bf16, or e4m3 with ``fp8_scale``).
 
+    ``hidden_states_fp8`` with ``fp8_scale``: the FP8 dispatch, where ``hidden_states`` is bf16 and only carries the
+    gradient.
     ``tokens_per_expert`` None counts the indices. ``release_fp8_weights`` drops ``.fp8`` and ``.transposed_fp8`` of
     both weights once this call's backward has run (at once if it has none).
     """
@@ -52,6 +55,7 @@ def run_sonic_moe(
     checks.require_rank("hidden_states", hidden_states, 2, "[T, H]")
     n_tokens, hidden = checks.shape_of(hidden_states)
     dispatch.check_hidden("hidden_states", hidden_states, hidden)
+    require_gradient_carrier("hidden_states", hidden_states)
     dispatch.check_topk(
         topk_indices, topk_scores, n_tokens, ("topk_indices", "topk_scores"), ("hidden_states", hidden_states)
     )
@@ -59,7 +63,7 @@ def run_sonic_moe(
         raise ValueError(f"K: got {topk}, but topk_indices has {checks.shape_of(topk_indices)[1]} columns")
     intermediate = _check_weights(w1, w2, n_experts, hidden, kind)
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
-    x = dispatch.engine_input("hidden_states", hidden_states, None, fp8_scale)
+    x = dispatch.engine_input("hidden_states", hidden_states, hidden_states_fp8, fp8_scale)
     storage = storage_of(x)
     checks.require_layer_sizes(hidden, intermediate, storage, config.use_fp8)
     plan = make_plan(config, kind, storage=storage, device=dispatch.place_type(hidden_states))
@@ -183,20 +187,3 @@ def _release(*weights) -> None:
         for attribute in ("fp8", "transposed_fp8"):
             if getattr(weight, attribute, None) is not None:
                 setattr(weight, attribute, None)
-
-
-def quantize_native_fp8_weights(w1, w2, iso32=None, recipe=None):
-    """(fp8, transposed_fp8) pairs of both native weights, for ``weight.fp8`` and ``weight.transposed_fp8``:
-
-        (w1_fp8, w1_scale), (w1t_fp8, w1t_scale), (w2_fp8, w2_scale), (w2t_fp8, w2t_scale)
-
-    The recipe is the configuration's unless given; ``iso32`` asks for 32x32 blocks, which the sm100 recipe has.
-    """
-    config = resolve(True, None)
-    name = recipe or ("sm90" if config.fp8_recipe == "auto" else config.fp8_recipe)
-    iso32 = config.fp8_iso32_weight if iso32 is None else bool(iso32)
-    with paddle.no_grad():
-        copies = quant.quantize_weights(
-            w1.detach(), w2.detach(), make_recipe(name, iso32=iso32, pow2=config.fp8_pow2_scale)
-        )
-    return tuple((q.data, q.scale) for q in (copies.w1, copies.w1_t, copies.w2, copies.w2_t))

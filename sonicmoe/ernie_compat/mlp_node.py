@@ -14,7 +14,7 @@ from ..enums import ActivationType
 from ..gemm.launch import raw_stream
 from ..gemm.plan import Plan, make_plan
 from . import dispatch
-from .call import ExpertCall, needs_grad, run, storage_of
+from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
 from .main_grad import GradAccumulator
 from .weights import WeightStore
 
@@ -75,9 +75,14 @@ class SonicMoEMlpNode:
         dispatched_hidden_states_scale_layout: str | None = None,
         fp8_combine_grad_handle: dict | None = None,
     ):
-        """out [T,H] in x's type (bf16 for an FP8 dispatch). Ids under 0 or at and above E are not on this rank."""
+        """out [T,H] in x's type (bf16 for an FP8 dispatch). Ids under 0 or at and above E are not on this rank.
+
+        An FP8 dispatch is x itself in e4m3, or ``dispatched_hidden_states_fp8`` beside a bf16 x that only carries the
+        gradient; ``dispatched_hidden_states_scales`` in any of the carriers that ``fp8_payload`` lists.
+        """
         config = self._config()
         dispatch.check_hidden("x", x, self.hidden_size)
+        require_gradient_carrier("x", x)
         checks.require_same_place("x", x, "the first expert weight", self._store.place_of())
         dispatch.check_topk(
             dispatched_indices,

@@ -1,5 +1,6 @@
-"""The command that shows flags, packages and GPUs, and the README table made from it."""
+"""Environment flags: what they may say, who may read them, and the command and README table that show them."""
 
+import ast
 import json
 import os
 import stat
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from sonicmoe.cli import env as cli
-from sonicmoe.config import FLAGS, PREFIX
+from sonicmoe.config import FLAGS, PREFIX, SonicMoEConfig, read_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +24,234 @@ def clean_environment(monkeypatch):
         if name.startswith(PREFIX) or name == "USE_QUACK_GEMM":
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/home/someone")
+
+
+# ---- What a flag may say ---------------------------------------------------------------------------------------------
+
+TRUE_WORDS = ["1", "true", "TRUE", "True", "on", "ON"]
+FALSE_WORDS = ["0", "false", "FALSE", "False", "off", "Off"]
+
+
+def flags_of(kind, default):
+    return [flag.env for flag in FLAGS if flag.kind == kind and flag.default is default]
+
+
+# That the table itself is right is checked against a list by hand in test_config.py.
+BOOLEANS = flags_of("active", False)
+ALWAYS_ON = flags_of("always-on", True)
+RETIRED_BOOLEANS = flags_of("retired", False)
+(CAPACITY,) = flags_of("retired", None)
+RETIRED = [flag.env for flag in FLAGS if flag.kind == "retired"]
+RETIRED_PRECISIONS = [name for name in RETIRED if name.endswith("_PRECISION")]
+
+BAD_TEXT = [
+    *((env, text) for env in BOOLEANS for text in ["2", "yes", "no", "-1", " 1", "true ", "None", "perf"]),
+    *(("SONIC_MOE_FP8_MODE", text) for text in ["PERF", "1", "0", "bf16", "off", "none", " perf", "perf,mem"]),
+    *(("SONIC_MOE_CACHE_DIR", text) for text in ["~no-such-user-here/x", "~no-such-user-here"]),
+    *((env, text) for env in ALWAYS_ON for text in ["0", "false", "off", "2", "yes"]),
+    *((env, text) for env in RETIRED_BOOLEANS for text in ["1", "true", "on", "2", "no"]),
+    *((env, text) for env in RETIRED_PRECISIONS for text in ["bf16", "fp8", "1", "0", "FP8-blockscaled"]),
+    *((CAPACITY, text) for text in ["0", "1", "128", "none"]),
+]
+
+
+def test_every_flag_has_a_bad_value_to_try():
+    assert {env for env, _ in BAD_TEXT} == {flag.env for flag in FLAGS}
+
+
+@pytest.mark.parametrize(("env", "text"), BAD_TEXT)
+def test_bad_flag_is_refused_by_name_value_and_need(monkeypatch, env, text):
+    monkeypatch.setenv(env, text)
+    allowed = next(flag.domain.text for flag in FLAGS if flag.env == env)
+    with pytest.raises(ValueError) as caught:
+        SonicMoEConfig()
+    assert str(caught.value).startswith(f"{env}: got {text!r}, need {allowed}")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    with pytest.raises(ValueError, match=env):
+        SonicMoEConfig.current()
+
+
+def test_bad_flag_is_refused_even_if_an_argument_overrides_it(monkeypatch):
+    monkeypatch.setenv("SONIC_MOE_FP8_MODE", "pref")
+    with pytest.raises(ValueError, match="SONIC_MOE_FP8_MODE: got 'pref'"):
+        SonicMoEConfig(fp8_mode="perf")
+
+
+@pytest.mark.parametrize("env", ALWAYS_ON)
+@pytest.mark.parametrize("word", TRUE_WORDS)
+def test_always_on_flag_may_be_set_and_changes_nothing(monkeypatch, env, word):
+    plain = SonicMoEConfig()
+    monkeypatch.setenv(env, word)
+    assert SonicMoEConfig() == plain
+    assert read_environment() == {env: True}
+
+
+@pytest.mark.parametrize("env", ALWAYS_ON)
+def test_always_on_flag_says_so(monkeypatch, env):
+    monkeypatch.setenv(env, "0")
+    with pytest.raises(ValueError, match="It is always on"):
+        SonicMoEConfig()
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        *((env, word) for env in RETIRED_BOOLEANS for word in FALSE_WORDS),
+        *((env, "fp8-blockscaled") for env in RETIRED_PRECISIONS),
+    ],
+)
+def test_retired_flag_may_say_what_happens_anyway(monkeypatch, env, text):
+    plain = SonicMoEConfig()
+    monkeypatch.setenv(env, text)
+    assert SonicMoEConfig() == plain
+    assert set(read_environment()) == {env}
+
+
+@pytest.mark.parametrize("env", RETIRED)
+def test_retired_flag_says_what_to_do(monkeypatch, env):
+    monkeypatch.setenv(env, "7")
+    with pytest.raises(ValueError, match="It is retired: unset it; "):
+        SonicMoEConfig()
+
+
+def test_down_projection_weights_in_bf16_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("SONIC_MOE_FP8_DOWNPROJ_WEIGHT_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"down-projection weights are FP8 too.*unset `SONIC_MOE_FP8_MODE`"):
+        SonicMoEConfig()
+
+
+@pytest.mark.parametrize(
+    ("env", "nearest"),
+    [
+        ("SONIC_MOE_FP8_WGARD", "SONIC_MOE_FP8_WGRAD"),
+        ("SONIC_MOE_FP8_MODES", "SONIC_MOE_FP8_MODE"),
+        ("SONIC_MOE_CACHEDIR", "SONIC_MOE_CACHE_DIR"),
+        ("SONIC_MOE_USE_QUACK_GEMM", "USE_QUACK_GEMM"),
+        ("SONIC_MOE_fp8_wgrad", "SONIC_MOE_"),
+        ("SONIC_MOE_", "SONIC_MOE_"),
+    ],
+)
+@pytest.mark.parametrize("text", ["1", ""])
+def test_unknown_flag_is_refused_with_the_nearest_known(monkeypatch, env, nearest, text):
+    monkeypatch.setenv(env, text)
+    with pytest.raises(ValueError, match=rf"^{env}: there is no such flag; the nearest is {nearest}"):
+        SonicMoEConfig()
+
+
+@pytest.mark.parametrize("env", ["SONICMOE_FP8_MODE", "SONIC_MO_X", "MY_SONIC_MOE_FP8_MODE", "USE_QUACK"])
+def test_variables_of_others_are_left_alone(monkeypatch, env):
+    plain = SonicMoEConfig()
+    monkeypatch.setenv(env, "whatever")
+    assert SonicMoEConfig() == plain
+
+
+# NUL and lone surrogates cannot be put into an environment.
+ENV_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@given(text=ENV_TEXT)
+def test_a_boolean_flag_is_one_of_its_words_or_an_error(text):
+    words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SONIC_MOE_FP8_WGRAD", text)
+        if text.lower() in words:
+            assert SonicMoEConfig().fp8_wgrad is words[text.lower()]
+        else:
+            with pytest.raises(ValueError, match="SONIC_MOE_FP8_WGRAD"):
+                SonicMoEConfig()
+
+
+@given(name=st.from_regex(r"[A-Z0-9_]{1,20}", fullmatch=True))
+def test_any_unlisted_name_under_the_prefix_is_an_error(name):
+    assume(PREFIX + name not in {flag.env for flag in FLAGS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PREFIX + name, "1")
+        with pytest.raises(ValueError, match=f"{PREFIX}{name}: there is no such flag"):
+            SonicMoEConfig()
+
+
+# ---- Who may read the environment ------------------------------------------------------------------------------------
+
+READERS = {"environ", "environb", "getenv", "getenvb", "expandvars"}
+
+
+def environment_reads(source):
+    """Lines that look at environment variables. Assigning or deleting one (``os.environ[name] = ...``) is not a
+    read: some libraries take their settings no other way."""
+    tree = ast.parse(source)
+    written = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del))
+    }
+    # `environ[x] += y` is a Store in the tree, but reads too.
+    written -= {
+        id(node.target.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Subscript)
+    }
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            hit = node.attr in READERS and id(node) not in written
+        elif isinstance(node, ast.ImportFrom):
+            hit = node.module in ("os", "posix", "os.path") and any(name.name in READERS | {"*"} for name in node.names)
+        elif isinstance(node, ast.Call):  # getattr(os, "environ")
+            hit = any(isinstance(arg, ast.Constant) and arg.value in READERS for arg in node.args)
+        else:
+            hit = False
+        if hit:
+            lines.append(node.lineno)
+    return sorted(set(lines))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nx = os.environ['A']",
+        "import os\nx = os.environ.get('A')",
+        "import os\nx = os.getenv('A')",
+        "import os as o\nx = 'A' in o.environ",
+        "import os\nx = dict(os.environ)",
+        "import os\nos.environ['A'] += ':b'",
+        "import os\nx = os.environ.setdefault('A', '1')",
+        "import os\nx = os.path.expandvars('$A')",
+        "import os\nx = getattr(os, 'environ')",
+        "from os import environ",
+        "from os import getenv as g",
+        "from os import *",
+    ],
+)
+def test_the_scan_finds_a_read(source):
+    assert environment_reads(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.environ['A'] = '1'",
+        "import os\ndel os.environ['A']",
+        "import os\nx = os.path.join('a', 'environ.py')",
+        "from ..config import read_environment\nx = read_environment()",
+        "'''os.environ is read elsewhere'''",
+        "from os import path",
+    ],
+)
+def test_the_scan_lets_other_code_be(source):
+    assert environment_reads(source) == []
+
+
+def test_config_is_the_only_reader_of_the_environment():
+    files = sorted((ROOT / "sonicmoe").rglob("*.py"))
+    assert Path(cli.__file__).resolve() in files
+    reads = {
+        str(file.relative_to(ROOT)): lines for file in files if (lines := environment_reads(file.read_text("utf-8")))
+    }
+    assert set(reads) == {"sonicmoe/config.py"}, f"read sonicmoe.config instead, at {reads}"
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -50,9 +281,6 @@ def run_json(capsys):
 
 def flag(report, name):
     return next(row for row in report["flags"] if row["name"] == name)
-
-
-# ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
 def test_json_lists_every_flag_with_its_default(capsys, no_gpu):
@@ -111,7 +339,7 @@ def test_bad_flag_is_reported_and_exits_2(capsys, no_gpu, monkeypatch, form, nam
     assert len(err.splitlines()) == 1
 
 
-# ---- As a command ----------------------------------------------------------------------------------------------------
+# ---- The command, in a process of its own ----------------------------------------------------------------------------
 
 
 def command(*arguments, **env):
@@ -133,6 +361,12 @@ def test_command_exit_statuses():
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "SONIC_MOE_FP8_WGRAD: got 'maybe'" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_a_reader_that_stops_early_causes_no_traceback():
+    line = f"'{sys.executable}' -m sonicmoe.cli.env --markdown | true"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_tells_every_option_and_the_exit_status():

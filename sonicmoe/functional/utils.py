@@ -1,0 +1,12 @@
+"""Switching FP8 on and off for a stretch of code."""
+
+from contextlib import contextmanager
+
+from ..config import SonicMoEConfig
+
+
+@contextmanager
+def enable_fp8(enabled: bool = True):
+    """Run the block with FP8 on or off and every other setting as it is. Safe across threads, and nestable."""
+    with SonicMoEConfig.current().replace(use_fp8=bool(enabled)).activate():
+        yield
