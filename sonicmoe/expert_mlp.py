@@ -80,7 +80,7 @@ def forward(x, routing: Routing, weights: ExpertWeights, plan: Plan, keep: bool 
 def backward(saved: Saved, dout, *, need_dx: bool = True, need_ds: bool = True, need_wgrad: bool = True) -> Grads:
     """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8."""
     if saved.released:
-        raise RuntimeError("backward ran twice through a call whose activations stage-wise memory released the first time")
+        raise RuntimeError("backward ran a second time, but stage-wise memory released the activations after the first")
     plan, routing, weights = saved.plan, saved.routing, saved.weights
     run = api.stages(plan)
     dout_rows = run.prepare_rows(dout, plan)

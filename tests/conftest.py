@@ -30,7 +30,8 @@ def _poisoned_empty(monkeypatch):
             return tensor.fill_(float("nan"))
         return tensor.fill_(2**30) if tensor.dtype in (paddle.int32, paddle.int64) else tensor
 
-    modules = [paddle] + [m.torch for n, m in list(sys.modules.items()) if n.startswith("sonicmoe.") and hasattr(m, "torch")]
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("sonicmoe.")]
+    modules = [paddle] + [module.torch for module in ours if hasattr(module, "torch")]
     for name in ("empty", "empty_like"):
         original = getattr(paddle, name)
         for module in modules:

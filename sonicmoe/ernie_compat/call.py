@@ -102,8 +102,9 @@ def require_gradient_carrier(name: str, x) -> None:
     """Refuse an e4m3 tensor on the tape where its gradient would be ruined on the way out."""
     if checks.dtype_name(x) == checks.FP8_DTYPE and needs_grad(x) and not tape_keeps_bf16_gradient_of_e4m3():
         raise ValueError(
-            f"{name}: got a float8_e4m3fn tensor that needs a gradient, but this Paddle casts gradients of such tensors "
-            f"to e4m3 without a scale; pass a bf16 [T, H] tensor as {name} to carry the gradient, and the FP8 data beside it"
+            f"{name}: got a float8_e4m3fn tensor that needs a gradient, but this Paddle casts gradients of such "
+            f"tensors to e4m3 without a scale; pass a bf16 [T, H] tensor as {name} to carry the gradient, and the FP8 "
+            "data beside it"
         )
 
 

@@ -131,7 +131,7 @@ def _check_main_grads(w1, w2) -> None:
 
 
 def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan) -> ExpertWeights:
-    """Weights for the engine: the bf16 storage where there is one (it cannot be stale), else the caller's FP8 copies."""
+    """The bf16 storage where there is one, for it cannot be stale; else the caller's FP8 copies."""
     emptied = [name for name, weight in (("w1", w1), ("w2", w2)) if is_emptied(weight)]
     if not emptied:
         w1_EFH, w2_EHI = (w.detach().astype(plan.storage) for w in (w1, w2))

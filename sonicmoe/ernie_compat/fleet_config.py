@@ -34,7 +34,8 @@ def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:
         return config
     for name, fixed in _FIXED.items():
         if bool(getattr(fp8_config, name, fixed)) != fixed:
-            raise ValueError(f"fp8_config.{name}: got {getattr(fp8_config, name)!r}, need {fixed}, which is what runs here")
+            given = getattr(fp8_config, name)
+            raise ValueError(f"fp8_config.{name}: got {given!r}, need {fixed}, which is what runs here")
     enabled = getattr(fp8_config, "enabled", None)
     if enabled is not None and bool(enabled) != bool(fp8):
         raise ValueError(f"fp8_config.enabled: got {enabled!r} with fp8={bool(fp8)}; need the same")

@@ -24,8 +24,9 @@ def scale_layout(scale, n_rows: int, hidden: int, name: str) -> str:
     layout = columns_of.get(dtype, {}).get(shape[-1] if len(shape) == 2 else None)
     if layout is None or shape[0] != n_rows:
         raise ValueError(
-            f"{name}: got {dtype} {list(shape)}, need float32 [{n_rows}, {hidden // 128}], uint8 [{n_rows}, {hidden // 32}], "
-            f"int32 [{n_rows}, {hidden // 128}] (packed words) or int32 [{n_rows}, {hidden // 32}] (one value an int)"
+            f"{name}: got {dtype} {list(shape)}, need float32 [{n_rows}, {hidden // 128}], uint8 [{n_rows}, "
+            f"{hidden // 32}], int32 [{n_rows}, {hidden // 128}] (packed words) or int32 [{n_rows}, {hidden // 32}] "
+            "(one value an int)"
         )
     return layout
 
@@ -88,12 +89,12 @@ def combine_gradient(handle, dout, n_rows: int, hidden: int):
 
 
 def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...]) -> QuantTensor:
-    """``weight.fp8`` or ``weight.transposed_fp8``: e4m3 data of ``shape`` with its block scales, block read off the shapes."""
+    """``weight.fp8`` or ``weight.transposed_fp8``: e4m3 data of ``shape``; its block is read off the scales' shape."""
     pair = getattr(weight, attribute, None)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(
-            f"{name}: its bf16 storage is empty and {name}.{attribute} is {type(pair).__name__}; need a pair (data, scale), "
-            "as quantize_native_fp8_weights returns"
+            f"{name}: its bf16 storage is empty and {name}.{attribute} is {type(pair).__name__}; need a pair "
+            "(data, scale), as quantize_native_fp8_weights returns"
         )
     data, scale = pair
     checks.require_dtype(f"{name}.{attribute}[0]", data, (checks.FP8_DTYPE,))
@@ -103,6 +104,7 @@ def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...]) ->
     for dim in (1, 2):
         count = checks.shape_of(scale)[dim] if len(scale.shape) == 3 else 0
         if count == 0 or shape[dim] % count or checks.shape_of(scale)[0] != shape[0]:
-            raise ValueError(f"{name}.{attribute}[1]: got shape {list(checks.shape_of(scale))}, which tiles no {list(shape)}")
+            given = list(checks.shape_of(scale))
+            raise ValueError(f"{name}.{attribute}[1]: got shape {given}, which tiles no {list(shape)}")
         blocks.append(shape[dim] // count)
     return QuantTensor(data, scale, (blocks[0], blocks[1]))

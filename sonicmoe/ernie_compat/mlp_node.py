@@ -167,7 +167,7 @@ class SonicMoEMlpNode:
         self._store.release_fp8()
 
     def warmup(self, n_tokens: int = 8, topk: int = 1) -> None:
-        """Run one forward and backward on zeros, so that everything compiled is compiled. Gradients stay as they are."""
+        """Run one forward and backward on zeros, so that all is compiled. Gradients stay as they are."""
         e, h = self.n_experts, self.hidden_size
         weight = checks.dtype_name(self._store.place_of())
         place = self._store.place_of().place

@@ -28,9 +28,8 @@ def quantize_native_fp8_weights(w1, w2, iso32=None, recipe=None):
         checks.require_rank(name, weight, 3, "in native layout")
         checks.require_dtype(name, weight, checks.FLOAT_DTYPES)
         if any(size % checks.FP8_ALIGN for size in checks.shape_of(weight)[1:]):
-            raise ValueError(
-                f"{name}: got shape {list(checks.shape_of(weight))}, need multiples of {checks.FP8_ALIGN} after E for FP8 blocks"
-            )
+            given = list(checks.shape_of(weight))
+            raise ValueError(f"{name}: got shape {given}, need multiples of {checks.FP8_ALIGN} after E for FP8 blocks")
     with paddle.no_grad():
         copies = quant.quantize_weights(w1.detach(), w2.detach(), _recipe(recipe, iso32))
     return tuple((q.data, q.scale) for q in (copies.w1, copies.w1_t, copies.w2, copies.w2_t))
@@ -41,8 +40,9 @@ def quantize_activation_blockscaled_fast(x, recipe=None):
     checks.require_tensor("x", x)
     checks.require_rank("x", x, 2, "[T, H]")
     checks.require_dtype("x", x, checks.FLOAT_DTYPES)
-    if checks.shape_of(x)[1] % checks.FP8_ALIGN:
-        raise ValueError(f"x: got {checks.shape_of(x)[1]} channels, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
+    hidden = checks.shape_of(x)[1]
+    if hidden % checks.FP8_ALIGN:
+        raise ValueError(f"x: got {hidden} channels, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
     with paddle.no_grad():
         rows = quant.quantize_rows(x.detach(), _recipe(recipe, False))
     return rows.data, rows.scale

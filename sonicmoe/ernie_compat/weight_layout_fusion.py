@@ -1,4 +1,4 @@
-"""Between the layouts that checkpoints hold and the one that kernels read. Each function returns a new contiguous tensor.
+"""Between the layouts that checkpoints hold and the one that kernels read; each call gives a new contiguous tensor.
 
     grouped  w1 [E,H,2I] columns gate|up     w2 [E,I,H]
     native   w1 [E,2I,H] rows g0,u0,g1,u1..  w2 [E,H,I]
@@ -21,7 +21,7 @@ def fused_grouped_w1_to_sonic(weight):
     """[E,H,2I] gate|up halves -> [E,2I,H] interleaved rows."""
     experts, hidden, width = _dims(weight, "[E, H, 2I]")
     if width % 2:
-        raise ValueError(f"weight: got shape {[experts, hidden, width]}, need an even last dimension (gate and up halves)")
+        raise ValueError(f"weight: got shape {[experts, hidden, width]}, need an even last dimension: gate and up")
     halves = weight.reshape([experts, hidden, 2, width // 2])
     return halves.permute([0, 3, 2, 1]).reshape([experts, width, hidden]).contiguous()
 
@@ -30,7 +30,7 @@ def fused_sonic_w1_to_grouped(weight):
     """[E,2I,H] interleaved rows -> [E,H,2I] gate|up halves."""
     experts, width, hidden = _dims(weight, "[E, 2I, H]")
     if width % 2:
-        raise ValueError(f"weight: got shape {[experts, width, hidden]}, need an even middle dimension (gate and up rows)")
+        raise ValueError(f"weight: got shape {[experts, width, hidden]}, need an even middle dimension: gate and up")
     pairs = weight.reshape([experts, width // 2, 2, hidden])
     return pairs.permute([0, 3, 2, 1]).reshape([experts, hidden, width]).contiguous()
 

@@ -88,7 +88,8 @@ class WeightStore:
             first = first or (name, param)
             if param.dtype != first[1].dtype:
                 raise TypeError(
-                    f"{name}: got dtype {checks.dtype_name(param)}, need {checks.dtype_name(first[1])}, which {first[0]} has"
+                    f"{name}: got dtype {checks.dtype_name(param)}, need {checks.dtype_name(first[1])}, "
+                    f"which {first[0]} has"
                 )
             checks.require_same_place(name, param, *first)
 

@@ -1,6 +1,6 @@
 """The fused stages that a backend provides, and the choice of a backend.
 
-Legend: T tokens, M sorted (padded) rows, S slots, E experts, H hidden, I intermediate, F = 2I for the GLU kinds, else I.
+Legend: T tokens, M sorted (padded) rows, S slots, E experts, H hidden, I intermediate, F = 2I for GLU kinds, else I.
 An *operand* is a plain tensor, or a ``QuantTensor`` under FP8. A stage is as much as one kernel can do in one go: a
 grouped GEMM with its gather and its epilogue. Quantization is part of the epilogue that makes a tensor, so no stage
 hands FP8 work to the next one in a wider type.

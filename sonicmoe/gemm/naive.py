@@ -69,8 +69,8 @@ class _RowSource:
 def _weight(w, expert: int):
     """One expert's [N,K] weight as an operand for ``_multiply``."""
     if isinstance(w, QuantTensor):
-        scale = quant.expand_scale(w.scale[expert : expert + 1], (w.block[0], 1))
-        return _values(w.data[expert]), scale[0]
+        scale = quant.scale_values(w.scale[expert])
+        return _values(w.data[expert]), scale.repeat_interleave(w.block[0], dim=0) if w.block[0] > 1 else scale
     return w[expert].to(torch.float32)
 
 

@@ -42,13 +42,15 @@ def scale_values(scale):
     return torch.where(byte == _UE8M0_NAN, torch.full_like(value, float("nan")), value)
 
 
-def expand_scale(scale, block: tuple[int, int]):
-    """Block scales [..., R/rows, C/cols] as float32 spread over [..., R, C]."""
-    value = scale_values(scale)
-    for dim, count in ((-2, block[0]), (-1, block[1])):
-        if count > 1:
-            value = value.repeat_interleave(count, dim=len(value.shape) + dim)
-    return value
+def _tiles(x, block: tuple[int, int]):
+    """[..., R, C] -> [..., R/rows, rows, C/cols, cols]."""
+    *lead, r, c = [int(size) for size in x.shape]
+    return x.reshape([*lead, r // block[0], block[0], c // block[1], block[1]])
+
+
+def _times_scale(x, scale, block: tuple[int, int]):
+    """x [..., R, C] float32 with each tile multiplied by its own scale."""
+    return (_tiles(x, block) * scale.unsqueeze(-1).unsqueeze(-3)).reshape([int(size) for size in x.shape])
 
 
 def quantize(x, block: tuple[int, int], *, ue8m0: bool = False, pow2: bool = False) -> QuantTensor:
@@ -61,14 +63,13 @@ def quantize(x, block: tuple[int, int], *, ue8m0: bool = False, pow2: bool = Fal
         scale = torch.zeros([*lead, r // rows, c // cols], dtype=scale_dtype, device=x.device)
         return QuantTensor(torch.zeros([*lead, r, c], dtype=torch.float8_e4m3fn, device=x.device), scale, block)
     magnitude = torch.where(torch.isfinite(x), x.abs(), torch.zeros_like(x))
-    tiles = magnitude.reshape([*lead, r // rows, rows, c // cols, cols])
-    amax = tiles.amax(dim=-1).amax(dim=-2)
+    amax = _tiles(magnitude, block).amax(dim=-1).amax(dim=-2)
     scale = (amax / E4M3_MAX).clamp(min=_MIN_SCALE)
     if ue8m0 or pow2:
         exponent = round_up_to_power_of_two(scale)
         scale = (exponent << 23).view(torch.float32)
     stored = exponent.to(torch.uint8) if ue8m0 else scale
-    data = cast_e4m3(x * expand_scale(1.0 / scale, block))
+    data = cast_e4m3(_times_scale(x, 1.0 / scale, block))
     return QuantTensor(data, stored, block)
 
 
@@ -76,7 +77,7 @@ def dequantize(q: QuantTensor):
     """The float32 values that a QuantTensor stands for."""
     if 0 in [int(size) for size in q.shape]:
         return torch.zeros([int(size) for size in q.shape], dtype=torch.float32, device=q.data.device)
-    return q.data.to(torch.float32) * expand_scale(q.scale, q.block)
+    return _times_scale(q.data.to(torch.float32), scale_values(q.scale), q.block)
 
 
 def quantize_rows(x, recipe: Recipe) -> QuantTensor:

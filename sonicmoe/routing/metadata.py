@@ -34,7 +34,9 @@ class Routing:
         return self.n_rows - self.n_slots
 
 
-def build(indices, probs, n_experts: int, block: int, counts: list[int] | None = None, validate: bool = False) -> Routing:
+def build(
+    indices, probs, n_experts: int, block: int, counts: list[int] | None = None, validate: bool = False
+) -> Routing:
     """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
 
     ``counts`` are the dispatcher's real tokens per expert. On the CPU they are compared with the indices, because

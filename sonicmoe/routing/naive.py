@@ -71,7 +71,7 @@ def check_rows(indices, n_experts: int) -> None:
         here = [expert for expert in row if 0 <= expert < n_experts]
         if len(set(here)) != len(here):
             twice = sorted({expert for expert in here if here.count(expert) > 1})
-            raise ValueError(f"dispatched_indices: row {number} is {row}, expert ids {twice} stand there more than once")
+            raise ValueError(f"dispatched_indices: row {number} is {row}, which holds experts {twice} more than once")
 
 
 def sum_slots(rows_MH, routing, dtype, scores=None):

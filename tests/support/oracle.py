@@ -62,7 +62,11 @@ def reference(x, w1, w2, indices, probs, dout, kind="swiglu", clamp=None) -> Res
     x, w1, w2, probs, dout = (np.asarray(v, dtype=np.float64) for v in (x, w1, w2, probs, dout))
     n_experts = w1.shape[0]
     result = Result(
-        out=np.zeros_like(x), dx=np.zeros_like(x), ds=np.zeros(probs.shape), dw1=np.zeros_like(w1), dw2=np.zeros_like(w2)
+        out=np.zeros_like(x),
+        dx=np.zeros_like(x),
+        ds=np.zeros(probs.shape),
+        dw1=np.zeros_like(w1),
+        dw2=np.zeros_like(w2),
     )
     for e in range(n_experts):
         t, k = np.nonzero(np.asarray(indices) == e)
