@@ -20,51 +20,111 @@ from ernie_moe.trainer import TrainConfig, Trainer
 PRECISIONS = ("bf16", "fp8")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default, except where the help text words it itself."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default" in action.help else super()._get_help_string(action)
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_HelpFormatter)
 
     what = parser.add_argument_group("what runs the experts")
-    what.add_argument("--experts", choices=("sonic", "plain"), default="sonic",
-                      help="sonic: SonicMoEMlpNode; plain: the same function in Paddle operators, BF16 only")
-    what.add_argument("--precision", type=_precisions, metavar="LIST",
-                      help="bf16, fp8 or bf16,fp8: the models to train (default: all that --experts can run)")
-    what.add_argument("--recipe", choices=("sm90", "sm100"), default="sm90",
-                      help="scales of FP8: Hopper's fp32 1x128 and 128x128, or Blackwell's power-of-two 1x32")
+    what.add_argument(
+        "--experts",
+        choices=("sonic", "plain"),
+        default="sonic",
+        help="sonic: SonicMoEMlpNode; plain: the same function in Paddle operators, BF16 only",
+    )
+    what.add_argument(
+        "--precision",
+        type=_precisions,
+        metavar="LIST",
+        help="bf16, fp8 or bf16,fp8: the models to train (default: all that --experts can run)",
+    )
+    what.add_argument(
+        "--recipe",
+        choices=("sm90", "sm100"),
+        default="sm90",
+        help="scales of FP8: Hopper's fp32 1x128 and 128x128, or Blackwell's power-of-two 1x32",
+    )
 
     size = parser.add_argument_group("the model")
-    size.add_argument("--layers", type=_positive, default=3, metavar="N", help="layers; the first one is dense")
-    size.add_argument("--hidden", type=_positive, default=128, metavar="N",
-                      help="channels of a token; a multiple of 128 for FP8")
-    size.add_argument("--intermediate", type=_positive, default=128, metavar="N",
-                      help="channels inside an expert; a multiple of 128 for FP8")
-    size.add_argument("--heads", type=_positive, default=4, metavar="N", help="attention heads")
-    size.add_argument("--experts-per-layer", type=_positive, default=8, metavar="N", help="experts of an MoE layer")
-    size.add_argument("--topk", type=_positive, default=2, metavar="N", help="experts that each token goes to")
+    size.add_argument("--layers", type=_at_least(1), default=3, metavar="N", help="layers; the first one is dense")
+    size.add_argument(
+        "--hidden", type=_at_least(1), default=128, metavar="N", help="channels of a token; a multiple of 128 for FP8"
+    )
+    size.add_argument(
+        "--intermediate",
+        type=_at_least(1),
+        default=128,
+        metavar="N",
+        help="channels inside an expert; a multiple of 128 for FP8",
+    )
+    size.add_argument("--heads", type=_at_least(1), default=4, metavar="N", help="attention heads")
+    size.add_argument("--experts-per-layer", type=_at_least(1), default=8, metavar="N", help="experts of an MoE layer")
+    size.add_argument("--topk", type=_at_least(1), default=2, metavar="N", help="experts that each token goes to")
 
     train = parser.add_argument_group("the training")
-    train.add_argument("--steps", type=_positive, default=100, metavar="N", help="optimizer steps")
-    train.add_argument("--batch", type=_positive, default=16, metavar="N", help="sequences of an optimizer step")
-    train.add_argument("--micro-batches", type=_positive, default=4, metavar="N",
-                       help="parts that a batch is split into; their gradients accumulate")
-    train.add_argument("--seq", type=_positive, default=64, metavar="N", help="bytes of a sequence")
-    train.add_argument("--learning-rate", type=float, default=5e-3, metavar="X",
-                       help="peak, after the warm-up; falls to a tenth along a cosine")
-    train.add_argument("--warmup", type=int, default=10, metavar="N", help="steps of linear warm-up")
-    train.add_argument("--balance", type=float, default=0.05, metavar="X",
-                       help="weight of the loss that keeps the experts evenly loaded")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and of the batches")
-    train.add_argument("--text", type=Path, metavar="FILE",
-                       help="UTF-8 text to learn (default: Python's language reference, as in help())")
+    train.add_argument("--steps", type=_at_least(1), default=80, metavar="N", help="optimizer steps")
+    train.add_argument("--batch", type=_at_least(1), default=16, metavar="N", help="sequences of an optimizer step")
+    train.add_argument(
+        "--micro-batches",
+        type=_at_least(1),
+        default=4,
+        metavar="N",
+        help="parts that a batch is split into; their gradients accumulate",
+    )
+    train.add_argument("--seq", type=_at_least(1), default=64, metavar="N", help="bytes of a sequence")
+    train.add_argument(
+        "--learning-rate",
+        type=float,
+        default=5e-3,
+        metavar="X",
+        help="peak, after the warm-up; falls to a tenth along a cosine",
+    )
+    train.add_argument("--warmup", type=_at_least(0), default=10, metavar="N", help="steps of linear warm-up")
+    train.add_argument(
+        "--balance",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="weight of the loss that keeps the experts evenly loaded",
+    )
+    train.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="of the initial weights and of the batches"
+    )
+    train.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to learn (default: Python's language reference, as in help())",
+    )
 
     files = parser.add_argument_group("files")
-    files.add_argument("--output", type=Path, default=Path("ernie_moe_demo.png"), metavar="PNG",
-                       help="where the figure goes")
-    files.add_argument("--checkpoint", type=Path, metavar="FILE",
-                       help="save all models and optimizers there, at the end (default: nowhere)")
-    files.add_argument("--checkpoint-every", type=int, default=0, metavar="N",
-                       help="save --checkpoint also every N steps; 0 is at the end only")
-    files.add_argument("--resume", type=Path, metavar="FILE",
-                       help="continue from a checkpoint made with the same options, bit for bit (default: start anew)")
+    files.add_argument(
+        "--output", type=Path, default=Path("ernie_moe_demo.png"), metavar="PNG", help="where the figure goes"
+    )
+    files.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="save all models and optimizers there, at the end (default: nowhere)",
+    )
+    files.add_argument(
+        "--checkpoint-every",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="save --checkpoint also every N steps; 0 is at the end only",
+    )
+    files.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="continue from a checkpoint made with the same options, bit for bit (default: start anew)",
+    )
 
     args = parser.parse_args(argv)
     if args.precision is None:
@@ -101,11 +161,14 @@ def build_configs(args):
     return model_configs, train_config
 
 
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, need at least 1")
-    return value
+def _at_least(lowest):
+    def integer(text):  # argparse says "invalid integer value" where int() fails
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"got {value}, need at least {lowest}")
+        return value
+
+    return integer
 
 
 def _precisions(text):
@@ -144,6 +207,14 @@ def settings_of(model_configs, train_config, args):
     return {"models": models, "training": asdict(train_config), "seq": args.seq}
 
 
+def _flat(settings, prefix=""):
+    """Nested dictionaries as one, with dotted keys."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def save(path, trainers, settings):
     """Through a second file, so that an interruption leaves the previous checkpoint whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,8 +226,11 @@ def save(path, trainers, settings):
 
 def resume(path, trainers, settings):
     state = paddle.load(str(path))
-    if state["settings"] != settings:
-        sys.exit(f"--resume: {path} was made with other options:\n  {state['settings']}\nnow:\n  {settings}")
+    then, now = _flat(state["settings"]), _flat(settings)
+    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    if changed:
+        lines = [f"  {key}: {then.get(key)}, now {now.get(key)}" for key in changed]
+        sys.exit("\n".join([f"--resume: {path} was made with other options:", *lines]))
     for name, trainer in trainers.items():
         trainer.set_state_dict(state["trainers"][name])
 
@@ -201,7 +275,10 @@ def report(trainers, unigram):
 def main(argv=None):
     args, model_configs, train_config = parse_arguments(argv)
     started = time.perf_counter()
-    corpus = Corpus(read_text(args.text), args.seq, args.seed)
+    try:
+        corpus = Corpus(read_text(args.text), args.seq, args.seed)
+    except ValueError as error:
+        sys.exit(f"train_ernie_moe.py: {error}")
     unigram = corpus.unigram_entropy()
     trainers = {name: Trainer(config, train_config, corpus) for name, config in model_configs.items()}
     settings = settings_of(model_configs, train_config, args)

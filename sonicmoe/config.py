@@ -223,6 +223,8 @@ ARGUMENTS: tuple[Flag, ...] = (
          "Bound on the inputs of SwiGLU; None is no bound."),
     Flag(None, "backend", _one_of("auto", "naive"), "auto",
          "`naive` computes with ordinary framework operators, on any device."),
+    Flag(None, "metadata_backend", _one_of("auto", "naive", "host", "triton", "cuda"), "auto",
+         "Which implementation makes routing metadata; all give the same arrays."),
 )  # fmt: skip
 
 _BY_ENV = {flag.env: flag for flag in FLAGS}
@@ -278,6 +280,7 @@ class SonicMoEConfig:
     fp8_pow2_scale: bool
     swiglu_clamp: float | None
     backend: str
+    metadata_backend: str
 
     def __init__(self, *, use_fp8: bool | None = None, **fields: Any):
         found = {_BY_ENV[env].field: value for env, value in read_environment().items()}

@@ -13,7 +13,7 @@ _STATES = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
 
 
 class MainGradAdamW:
-    """``named_parameters`` is what ``model.named_parameters()`` gives; the arguments are ``paddle.optimizer.AdamW``'s."""
+    """``named_parameters`` is ``model.named_parameters()``; the other arguments are ``paddle.optimizer.AdamW``'s."""
 
     def __init__(self, named_parameters, learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0):
         self.parameters = {name: p for name, p in named_parameters if not p.stop_gradient}
@@ -44,9 +44,8 @@ class MainGradAdamW:
 
     def clear_grad(self):
         for name, p in self.parameters.items():
-            p.main_grad = None
-            p.clear_gradient(set_to_zero=False)
-            self.masters[name].clear_gradient(set_to_zero=False)
+            # None, not zeros: a later step would take those for a gradient and move by momentum and decay.
+            p.main_grad = p.grad = self.masters[name].grad = None
 
     def state_dict(self) -> dict:
         """Masters of bf16 parameters and AdamW's state, under the model's names."""
@@ -62,10 +61,11 @@ class MainGradAdamW:
 
     def set_state_dict(self, state: dict):
         """Continue bit for bit from ``state_dict``. Load the model's own state dict before, for its fp32 parameters."""
-        known = {f"{name}.{key}" for name in self.masters for key in (*_STATES, "master")}
-        unknown = sorted(set(state) - known)
-        if unknown:
-            raise ValueError(f"state: {unknown[0]!r} and {len(unknown) - 1} more name no parameter of this optimizer")
+        needed = {f"{name}.master" for name, m in self.masters.items() if m is not self.parameters[name]}
+        known = needed | {f"{name}.{key}" for name in self.masters for key in _STATES}
+        for what, names in (("has", set(state) - known), ("lacks", needed - set(state))):
+            if names:
+                raise ValueError(f"state: it {what} {sorted(names)}; it must come from an optimizer of the same model")
         adamw = {}
         for name, master in self.masters.items():
             if master is not self.parameters[name]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # The first curve is drawn wide and pale, the second thin and dark on top: where they coincide both can be seen.
 _STYLES = (
-    {"color": "#f2a65a", "linewidth": 4.5, "marker": "o", "markersize": 9},
+    {"color": "#f2a65a", "linewidth": 4.5, "marker": "o", "markersize": 11},
     {"color": "#1f3a5f", "linewidth": 1.4, "marker": "D", "markersize": 5},
 )
 
@@ -35,8 +35,8 @@ def _draw_losses(figure, trainers, unigram):
         top = bottom = figure.subplots()
     for (precision, trainer), style in zip(trainers.items(), _STYLES, strict=False):
         line = {key: style[key] for key in ("color", "linewidth")}
-        steps = np.arange(1, len(trainer.losses) + 1)
-        top.plot(steps, trainer.losses, label=f"{precision.upper()} training", **line)
+        # A step's loss is that of the weights it starts from, so it stands where as many steps are done.
+        top.plot(np.arange(len(trainer.losses)), trainer.losses, label=f"{precision.upper()} training", **line)
         done, losses = zip(*trainer.held_out, strict=True)
         marks = {key: style[key] for key in ("color", "marker", "markersize")}
         label = f"{precision.upper()} held out (last: {losses[-1]:.4f})"
@@ -52,14 +52,15 @@ def _draw_losses(figure, trainers, unigram):
         (name_a, a), (name_b, b) = trainers.items()
         difference = np.array(b.losses) / np.array(a.losses) - 1.0
         bottom.axhspan(-0.01, 0.01, color="grey", alpha=0.15, linewidth=0)
-        bottom.plot(np.arange(1, len(difference) + 1), difference, color="#1f3a5f", linewidth=1.0)
+        bottom.plot(np.arange(len(difference)), difference, color="#1f3a5f", linewidth=1.0)
         limit = max(0.012, 1.1 * np.abs(difference).max())
         bottom.set_ylim(-limit, limit)
         bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         bottom.set_ylabel(f"{name_b.upper()} over\n{name_a.upper()} (band: 1%)", fontsize=8)
         bottom.grid(alpha=0.25)
-    bottom.set_xlabel("optimizer step")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.set_xlabel("optimizer steps done")
+    bottom.margins(x=0.02)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
 
 
 def _draw_loads(figure, trainers):
@@ -80,7 +81,7 @@ def _draw_loads(figure, trainers):
                 ax.set_xlabel("optimizer step")
             if column == 0:
                 ax.set_ylabel(f"layer {layer + 2}\nexpert")  # layer 1 is dense
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     bar = figure.colorbar(image, ax=axes, extend="max", shrink=0.8, pad=0.02)
     bar.set_label("token slots, relative to an even share (= 1)")

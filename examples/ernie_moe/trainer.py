@@ -16,7 +16,7 @@ from .optimizer import MainGradAdamW
 class TrainConfig:
     """How to train, whatever the model."""
 
-    steps: int = 100
+    steps: int = 80
     batch: int = 16
     micro_batches: int = 4
     learning_rate: float = 5e-3

@@ -6,6 +6,7 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..routing import metadata
 from .dispatch import check_topk
+from .fp8_payload import packed_scale_words
 
 
 def deepep_topk_to_sonic_metadata(indices, probs, tokens_per_expert, E, device=None, block=128):
@@ -17,6 +18,25 @@ def deepep_topk_to_sonic_metadata(indices, probs, tokens_per_expert, E, device=N
 
     ``device`` defaults to where the indices are, and may not differ from it. ``tokens_per_expert`` None counts here.
     """
+    return _as_tuple(_routing(indices, probs, tokens_per_expert, E, device, block, None))
+
+
+def deepep_topk_to_sonic_metadata_with_scales(
+    indices, probs, tokens_per_expert, E, raw_scales, cols, device=None, block=128
+):
+    """The same tuple and, as its eleventh part, the dispatch scales in sorted order [TKp, cols/128], packed by the
+    kernels that make the rest: float32 as they are, UE8M0 as int32 words of four bytes, low byte first. Pad rows hold
+    row 0's. ``raw_scales`` in any carrier that ``fp8_payload`` lists, for rows of ``cols`` channels.
+    """
+    checks.require_tensor("raw_scales", raw_scales)
+    checks.require_tensor("indices", indices)
+    checks.require_same_place("raw_scales", raw_scales, "indices", indices)
+    words = packed_scale_words(raw_scales, int(indices.shape[0]), checks.require_int("cols", cols), "raw_scales")
+    routing = _routing(indices, probs, tokens_per_expert, E, device, block, words)
+    return (*_as_tuple(routing), routing.sorted_scales)
+
+
+def _routing(indices, probs, tokens_per_expert, E, device, block, scales):
     n_experts = checks.require_int("E", E)
     block = checks.require_int("block", block)
     checks.require_tensor("indices", indices)
@@ -28,9 +48,14 @@ def deepep_topk_to_sonic_metadata(indices, probs, tokens_per_expert, E, device=N
         if wanted != found:
             raise ValueError(f"device: got {device}, need {found}, where indices is")
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
-    validate = SonicMoEConfig.current().validate_dispatch
     with paddle.no_grad():
-        routing = metadata.build(indices.detach(), probs.detach(), n_experts, block, counts=counts, validate=validate)
+        routing = metadata.build(
+            indices.detach(), probs.detach(), n_experts, block, SonicMoEConfig.current(), counts, scales
+        )
+    return routing
+
+
+def _as_tuple(routing):
     return (
         routing.expert_offset,
         routing.x_gather_idx,

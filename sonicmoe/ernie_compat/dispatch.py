@@ -54,9 +54,7 @@ def route(indices, probs, counts: list[int] | None, n_experts: int, plan: Plan, 
                     f"tokens_per_expert: got {count} for expert {expert} under SONIC_MOE_FP8_ASSUME_ALIGNED=1, need a "
                     f"multiple of {plan.row_block}"
                 )
-    return metadata.build(
-        indices.detach(), probs.detach(), n_experts, plan.row_block, counts=counts, validate=config.validate_dispatch
-    )
+    return metadata.build(indices.detach(), probs.detach(), n_experts, plan.row_block, config, counts)
 
 
 def place_type(tensor) -> str:

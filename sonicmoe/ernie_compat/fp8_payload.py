@@ -40,6 +40,20 @@ def _unpack_words(words_TW):
     return torch.stack(parts, dim=-1).reshape([int(words_TW.shape[0]), 4 * int(words_TW.shape[1])]).to(torch.uint8)
 
 
+def packed_scale_words(scale, n_rows: int, hidden: int, name: str):
+    """Any carrier as [T, H/128] of 4-byte words: float32 as it is, four UE8M0 bytes an int32, low byte first."""
+    if hidden % checks.FP8_ALIGN:
+        raise ValueError(f"cols: got {hidden}, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
+    layout = scale_layout(scale, n_rows, hidden, name)
+    if layout in ("fp32_1x128", "ue8m0_words"):
+        return scale
+    byte = scale.to(torch.int32).reshape([n_rows, hidden // 128, 4])
+    word = byte[:, :, 0]
+    for number in range(1, 4):
+        word = word + (byte[:, :, number] << (8 * number))
+    return word
+
+
 def activation_payload(data, scale, name: str, layout: str | None = None) -> QuantTensor:
     """e4m3 ``data [T,H]`` with its scales, in one form."""
     checks.require_tensor(name, data)

@@ -179,7 +179,7 @@ class SonicMoEMlpNode:
             x = paddle.zeros([n_tokens, h], dtype=storage, device=place)
             slot = paddle.arange(n_tokens * topk, dtype="int32").reshape([n_tokens, topk]) % e
             probs = paddle.zeros([n_tokens, topk], dtype="float32", device=place)
-            routing = dispatch.metadata.build(slot.to(place), probs, e, plan.row_block)
+            routing = dispatch.metadata.build(slot.to(place), probs, e, plan.row_block, config)
             out, saved = expert_mlp.forward(x, routing, self._store.current(plan), plan)
             grads = expert_mlp.backward(saved, paddle.zeros_like(out))
             scratch = GradAccumulator(self._store)

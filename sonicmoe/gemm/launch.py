@@ -1,4 +1,8 @@
-"""Where a framework's stream becomes the raw handle that a kernel launch takes."""
+"""Where framework objects become what a kernel launch takes: addresses, raw streams, architectures."""
+
+from functools import cache
+
+import torch
 
 
 def raw_stream(stream) -> int | None:
@@ -17,3 +21,41 @@ def raw_stream(stream) -> int | None:
         if isinstance(handle, int):
             return handle or None
     raise TypeError(f"stream_id: got {type(stream).__name__}, need an integer handle, a Stream object or None")
+
+
+def current_stream(tensor) -> int:
+    """The raw handle of the stream that the framework would launch on, on the tensor's device. 0 is the default one."""
+    fast = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
+    if fast is not None:
+        return fast(tensor.device.index)
+    return raw_stream(torch.cuda.current_stream(tensor.device)) or 0
+
+
+@cache
+def _arch(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    # The ``a`` targets hold the instructions that exist on one architecture only (wgmma, setmaxnreg).
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def arch(tensor) -> str:
+    """The tensor's device as nvcc names it, ``sm_90a``."""
+    return _arch(tensor.device.index)
+
+
+def cut(whole, sizes: list[int]) -> list:
+    """A flat tensor as consecutive views. One call where the framework's split makes views, slices where it copies."""
+    split = getattr(torch, "split_with_sizes", None)
+    if split is not None:
+        return split(whole, sizes)
+    views, start = [], 0
+    for size in sizes:
+        # Not as_strided: Paddle counts its offset in bytes.
+        views.append(whole[start : start + size])
+        start += size
+    return views
+
+
+def address(tensor) -> int:
+    """Where a tensor's data begins; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr() or 0

@@ -8,7 +8,8 @@ expert's segment filled to a multiple of ``block`` by pad rows: M rows in all. P
 from dataclasses import dataclass
 from typing import Any
 
-from . import naive
+from ..config import SonicMoEConfig
+from . import backends
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Routing:
     n_slots: int  # S
     n_rows: int  # M
     block: int
+    backend: str  # which implementation made this
+    sorted_scales: Any = None  # [M, words] the dispatch scales of each row's token, if scales were given
 
     @property
     def n_pad_rows(self) -> int:
@@ -35,18 +38,19 @@ class Routing:
 
 
 def build(
-    indices, probs, n_experts: int, block: int, counts: list[int] | None = None, validate: bool = False
+    indices, probs, n_experts: int, block: int, config: SonicMoEConfig, counts: list[int] | None = None, scales=None
 ) -> Routing:
     """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
 
-    ``counts`` are the dispatcher's real tokens per expert. On the CPU they are compared with the indices, because
-    a count that does not match sends rows to the wrong expert.
+    ``counts`` are the dispatcher's real tokens per expert. They size the arrays, so counts that the indices do not
+    have are an error: here on the CPU, on a GPU a message and a stopped device. ``scales`` [T, words] of 4-byte words
+    come back in sorted order.
     """
-    if validate:
-        naive.check_rows(indices, n_experts)
-    arrays = naive.build(indices, probs, n_experts, block)
+    if int(indices.shape[0]) * int(indices.shape[1]) >= 2**31:
+        raise ValueError(f"dispatched_indices: got shape {list(indices.shape)}, need under 2**31 slots")
+    backend, arrays = backends.build(indices, probs, n_experts, block, config, counts, scales)
     found = arrays.pop("counts")
-    if counts is not None and found != counts:
+    if counts is not None and found is not None and found != counts:
         expert = next(e for e in range(n_experts) if found[e] != counts[e])
         raise ValueError(
             f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but dispatched_indices "
@@ -60,4 +64,5 @@ def build(
         n_slots=int(arrays["score_src_idx"].shape[0]),
         n_rows=int(arrays["x_gather_idx"].shape[0]),
         block=block,
+        backend=backend,
     )

@@ -12,8 +12,15 @@ def _running_sum(counts):
     return torch.cat([_zeros(1, torch.int64, counts), torch.cumsum(counts, dim=0)])
 
 
-def build(indices, probs, n_experts: int, block: int) -> dict:
+def build(indices, probs, n_experts: int, block: int, scales=None) -> dict:
     """The arrays of ``Routing`` by name, and the counts found, as a host list."""
+    arrays = _build(indices, probs, n_experts, block)
+    if scales is not None:
+        scales = scales.index_select(0, arrays["x_gather_idx"].to(torch.int64))
+    return {**arrays, "sorted_scales": scales}
+
+
+def _build(indices, probs, n_experts: int, block: int) -> dict:
     n_tokens, n_topk = [int(size) for size in indices.shape]
     expert_TK = indices.to(torch.int64).reshape([n_tokens * n_topk])
     valid_TK = (expert_TK >= 0) & (expert_TK < n_experts)
@@ -65,13 +72,15 @@ def _nothing_routed(like, n_tokens: int, n_experts: int) -> dict:
     }
 
 
-def check_rows(indices, n_experts: int) -> None:
-    """The dispatcher's promise, row by row: no expert twice. Ids under -1 or at and above E are 'not here'."""
+def check_rows(indices, n_experts: int) -> tuple[int, int] | None:
+    """(row, fault) of the first row that breaks the dispatcher's promise: 1 an expert twice, 2 an id under -1."""
     for number, row in enumerate(indices.tolist()):
         here = [expert for expert in row if 0 <= expert < n_experts]
+        if min(row, default=0) < -1:
+            return number, 2
         if len(set(here)) != len(here):
-            twice = sorted({expert for expert in here if here.count(expert) > 1})
-            raise ValueError(f"dispatched_indices: row {number} is {row}, which holds experts {twice} more than once")
+            return number, 1
+    return None
 
 
 def sum_slots(rows_MH, routing, dtype, scores=None):

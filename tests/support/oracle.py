@@ -58,7 +58,9 @@ def activate(h_MF, kind, clamp=None):
     return value * up, lambda da: np.concatenate([da * up * slope * gate_open, da * value * up_open], axis=1)
 
 
-def reference(x, w1, w2, indices, probs, dout, kind="swiglu", clamp=None) -> Result:
+def reference(x, w1, w2, indices, probs, dout, kind="swiglu", clamp=None, keep_z=None) -> Result:
+    """``keep_z`` is what storage does to z between forward and backward; None: nothing. Where a slope jumps (at a
+    clamp), a rounding of z decides which side counts, and no storage of z in that type can do better."""
     x, w1, w2, probs, dout = (np.asarray(v, dtype=np.float64) for v in (x, w1, w2, probs, dout))
     n_experts = w1.shape[0]
     result = Result(
@@ -73,8 +75,11 @@ def reference(x, w1, w2, indices, probs, dout, kind="swiglu", clamp=None) -> Res
         if len(t) == 0:
             continue
         p = probs[t, k][:, None]
-        a, pull = activate(x[t] @ w1[e], kind, clamp)
+        z = x[t] @ w1[e]
+        a, pull = activate(z, kind, clamp)
         np.add.at(result.out, t, p * (a @ w2[e]))
+        if keep_z is not None:
+            a, pull = activate(keep_z(z), kind, clamp)
         d_a = dout[t] @ w2[e].T
         result.ds[t, k] = (d_a * a).sum(axis=1)
         dz = pull(p * d_a)

@@ -95,21 +95,23 @@ def run_node(problem, experts=None, *, config=None, activation_type="swiglu", **
     return Result(out=array(out), dx=array(x.grad), ds=array(probs.grad), dw1=dw1, dw2=dw2)
 
 
-def native_parameters(problem, glu=True):
+def native_parameters(problem, glu=True, dtype="bfloat16"):
     """w1 and w2 as PaddleFleet holds them during compute."""
-    w1, w2 = tensor(problem.w1), tensor(problem.w2)
+    w1, w2 = tensor(problem.w1, dtype), tensor(problem.w2, dtype)
     w1 = fused_grouped_w1_to_sonic(w1) if glu else fused_transpose_w2_layout(w1)
-    return parameter(array(w1)), parameter(array(fused_transpose_w2_layout(w2)))
+    return parameter(array(w1), dtype), parameter(array(fused_transpose_w2_layout(w2)), dtype)
 
 
-def run_fleet(problem, *, weights=None, fp8=False, counts=None, index_dtype="int32", glu=True, **kwargs) -> Result:
+def run_fleet(
+    problem, *, weights=None, fp8=False, counts=None, index_dtype="int32", glu=True, dtype="bfloat16", **kwargs
+) -> Result:
     """One ``run_sonic_moe`` forward and backward; gradients brought to grouped layout."""
-    w1, w2 = native_parameters(problem, glu) if weights is None else weights
-    x, probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32", grad=True)
+    w1, w2 = native_parameters(problem, glu, dtype) if weights is None else weights
+    x, probs = tensor(problem.x, dtype, grad=True), tensor(problem.probs, "float32", grad=True)
     indices = paddle.to_tensor(problem.indices.astype(index_dtype))
     n_experts, topk = problem.n_experts, problem.indices.shape[1]
     out = run_sonic_moe(x, indices, probs, topk, n_experts, w1, w2, fp8=fp8, tokens_per_expert=counts, **kwargs)
-    out.backward(tensor(problem.dout))
+    out.backward(tensor(problem.dout, dtype))
     convert = fused_sonic_w1_to_grouped if glu else fused_transpose_w2_layout
     return Result(
         out=array(out),
@@ -120,5 +122,6 @@ def run_fleet(problem, *, weights=None, fp8=False, counts=None, index_dtype="int
     )
 
 
-def oracle(problem, kind="swiglu", clamp=None) -> Result:
-    return reference(problem.x, problem.w1, problem.w2, problem.indices, problem.probs, problem.dout, kind, clamp)
+def oracle(problem, kind="swiglu", clamp=None, keep_z=None) -> Result:
+    p = problem
+    return reference(p.x, p.w1, p.w2, p.indices, p.probs, p.dout, kind, clamp, keep_z)

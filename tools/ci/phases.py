@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKS = ("demo", "training", "dist", "torch", "contract")
 # Far above what a phase takes; there for the test that waits for ever on another process.
 LIMIT_S = 15 * 60
+# pytest's exit status when it found nothing to run.
+NO_TESTS = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def run_bounded(command, env):
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # Also after a clean end and on Ctrl-C: a launcher's workers may outlive the test that started them.
+        # Also after a clean end, on Ctrl-C and on SIGTERM: a launcher's workers may outlive the test that started them.
         try:
             os.killpg(child.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -116,16 +118,18 @@ def run_pytest(result, fast):
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "--disable-warnings"]
         command += [f"--junitxml={report}", "-m", marks]
-        # A file's tests stay together and in order: they may share an expensive fixture.
-        command += ["-n", str(workers), "--dist=loadfile"] if workers > 1 else ["-p", "no:xdist"]
+        # A file's tests stay together and in order: they may share an expensive fixture. A crashed worker stays
+        # down and the others go on: with restarts, xdist 3.8 hands it the same file again and can wait for ever.
+        parallel = ["-n", str(workers), "--dist=loadfile", "--max-worker-restart=0"]
+        command += parallel if workers > 1 else ["-p", "no:xdist"]
         status = run_bounded(command, env)
         read_report(report, result)
     if status is None:
         result.note = f"stopped after {LIMIT_S} s"
+    elif status not in (0, NO_TESTS) and result.failed == 0:
+        result.note = f"pytest ended with status {status}"
     elif result.passed + result.failed == 0:
         result.note = "no test was executed"
-    elif status != 0 and result.failed == 0:
-        result.note = f"pytest ended with status {status}"
     if result.note:
         result.failed += 1  # so that the closing line never says 0 failed of a run that failed
 
@@ -161,6 +165,8 @@ def main():
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--phase", choices=[phase.name for phase in PHASES])
     args = parser.parse_args()
+    # End by an exception, so that run_bounded gets to clean up behind itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     names = (args.phase,) if args.phase else FAST if args.fast else tuple(phase.name for phase in PHASES)
     results = [run_phase(phase, args.fast) for phase in PHASES if phase.name in names]
     print_table(results)

@@ -1,0 +1,68 @@
+"""Which implementation makes routing metadata. All give the same arrays, bit for bit.
+
+    host    C++, on the CPU                    cuda    CUDA, two launches
+    naive   framework ops, anywhere            triton  where a GPU's machine has no compiler
+"""
+
+import warnings
+from importlib.util import find_spec
+
+from .. import checks
+from ..cache_safety import JitUnavailable
+from . import naive, native
+
+if find_spec("triton") is not None:
+    from . import triton_metadata
+else:
+    triton_metadata = None
+
+_FAULTS = {1: "holds an expert more than once", 2: "holds an id under -1"}
+
+
+def _naive(indices, probs, n_experts, block, counts, cache_dir, scales):
+    return naive.build(indices, probs, n_experts, block, scales)
+
+
+def _triton(indices, *rest):
+    if triton_metadata is None:
+        raise JitUnavailable("triton is not installed; pip install triton")
+    return triton_metadata.build(indices, *rest)
+
+
+_BUILDERS = {"host": native.build_host, "cuda": native.build_cuda, "triton": _triton, "naive": _naive}
+_AUTO = {True: ("host", "naive"), False: ("cuda", "triton")}  # by whether the indices are on the CPU
+
+
+def build(indices, probs, n_experts: int, block: int, config, counts, scales) -> tuple[str, dict]:
+    """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
+    backend chosen by name runs or raises."""
+    on_cpu = checks.is_cpu(indices)
+    if config.validate_dispatch:
+        _check_rows(indices, n_experts, config)
+    chosen = config.metadata_backend
+    if chosen != "auto":
+        if (chosen == "host") != on_cpu and chosen not in ("naive", "triton"):
+            raise ValueError(f"metadata_backend: got {chosen!r} for indices on {checks.place_name(indices)}")
+        return chosen, _BUILDERS[chosen](indices, probs, n_experts, block, counts, config.cache_dir, scales)
+    *attempts, last = _AUTO[on_cpu]
+    for name in attempts:
+        try:
+            return name, _BUILDERS[name](indices, probs, n_experts, block, counts, config.cache_dir, scales)
+        except JitUnavailable as reason:
+            warnings.warn(f"sonicmoe: routing metadata runs as {last!r}, not {name!r}: {reason}", stacklevel=2)
+    return last, _BUILDERS[last](indices, probs, n_experts, block, counts, config.cache_dir, scales)
+
+
+def _check_rows(indices, n_experts: int, config) -> None:
+    """SONIC_MOE_VALIDATE_DISPATCH: the dispatcher's promise, row by row. Waits for the device."""
+    found = None
+    if config.metadata_backend in ("naive", "triton"):
+        found = naive.check_rows(indices, n_experts)
+    else:
+        try:
+            found = native.check_rows(indices, n_experts, config.cache_dir)
+        except JitUnavailable:
+            found = naive.check_rows(indices, n_experts)
+    if found is not None:
+        row, fault = found
+        raise ValueError(f"dispatched_indices: row {row} is {indices[row].tolist()}, which {_FAULTS[fault]}")
