@@ -131,6 +131,17 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
       .def(py::init([](uintptr_t eo, uintptr_t xg, uintptr_t ss, uintptr_t sr, uintptr_t so, uintptr_t sc, uintptr_t si,
                        int32_t n_slots, int32_t n_rows) { return Outputs{eo, xg, ss, sr, so, sc, si, n_slots, n_rows}; }));
 
+  // (S, M) of host counts; a Python loop over many experts would cost as much as the launches.
+  m.def("sizes", [](const py::list& counts, int32_t block) {
+    int64_t slots = 0, rows = 0;
+    for (py::handle item : counts) {
+      const int64_t n = PyLong_AsLongLong(item.ptr());
+      if (n == -1 && PyErr_Occurred()) throw py::error_already_set();
+      slots += n;
+      rows += (n + block - 1) / block * block;
+    }
+    return py::make_tuple(slots, rows);
+  });
   m.def("count", [](const Inputs& in) {
     std::vector<int32_t> count;
     {

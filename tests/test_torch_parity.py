@@ -4,7 +4,6 @@ Without a torch at hand, its sources at least are held to what both frameworks h
 """
 
 import ast
-import inspect
 import json
 
 import numpy as np
@@ -29,9 +28,9 @@ GLU = ("swiglu", "geglu", "reglu")
 # Bounds on |torch - paddle| / |torch|. Both sum the same float32 products, in another order, which moves a sum by some
 # 1e-7 of its size. With float32 storage that is all there is.
 FLOAT32 = 1e-5
-# A sum next to a rounding boundary of bf16 goes to either side of it: one in 2^16 does, by one part in 2^8, and where it
-# is a z or dz all of its token's outputs move along. That makes 1e-5 to 2e-4 here; a truncation instead of a rounding
-# makes 4e-3.
+# A sum next to a rounding boundary of bf16 goes to either side of it: one in 2^16 does, by one part in 2^8, and where
+# it is a z or dz all of its token's outputs move along. That makes 1e-5 to 2e-4 here; a truncation instead of a
+# rounding makes 4e-3.
 BF16 = 1e-3
 # An e4m3 code that goes to the other side changes by one part in 2^3 or 2^4, and its token's outputs by that over the
 # root of 128 summands, or 1e-2 in one of 100 tokens. A scale of the wrong kind makes 2e-2 and more.
@@ -111,12 +110,14 @@ class Cases:
 
     def _routings(self):
         rng = np.random.default_rng(1)
-        shapes = [(kind, 37, 3, 8) for kind in ROUTINGS] + [("uniform", 0, 2, 4), ("uniform", 1, 1, 1), ("holes", 9, 6, 4)]
+        shapes = [(kind, 37, 3, 8) for kind in ROUTINGS]
+        shapes += [("uniform", 0, 2, 4), ("uniform", 1, 1, 1), ("holes", 9, 6, 4)]
         for kind, n_tokens, topk, n_experts in shapes:
             problem = make_problem(n_tokens, 8, 8, n_experts, topk, kind, seed=2)
             given = f"routing {kind} T{n_tokens} K{topk} E{n_experts}"
             arrays = {name: getattr(problem, name) for name in ("x", "indices", "probs")}
-            self.add_inputs(given, arrays | {"rows": rng.standard_normal((n_experts * 128 + 128, 8)).astype(np.float32)})
+            arrays["rows"] = rng.standard_normal((n_experts * 128 + 128, 8)).astype(np.float32)
+            self.add_inputs(given, arrays)
             for block in (1, 128):
                 for dtype in ("int32", "int64"):
                     name = f"{given} block {block} {dtype}"
@@ -142,9 +143,10 @@ class Cases:
                 self.add(f"activation {kind} {clamp}", "activation", "activation", activation=kind, clamp=clamp)
 
     def _engines(self):
+        sizes = dict(n_tokens=96, hidden=256, intermediate=128, n_experts=4, topk=2)
         problems = {
-            "plain": make_problem(n_tokens=96, hidden=256, intermediate=128, n_experts=4, topk=2, routing="holes", seed=7),
-            "narrow": make_problem(n_tokens=96, hidden=256, intermediate=128, n_experts=4, topk=2, glu=False, seed=8),
+            "plain": make_problem(**sizes, routing="holes", seed=7),
+            "narrow": make_problem(**sizes, glu=False, seed=8),
             "idle": make_problem(n_tokens=96, n_experts=8, topk=2, routing="idle_experts", seed=9),
             "exact": exact_problem(),
         }

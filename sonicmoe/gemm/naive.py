@@ -28,12 +28,12 @@ def _pad_mask(routing, lo: int, hi: int):
 
 
 def _gather(x_TC, routing, lo: int, hi: int):
-    """float32 rows of the tokens behind sorted rows lo..hi.
+    """Rows (float32, as ``x_TC`` is) of the tokens behind sorted rows lo..hi.
 
     A pad row reads row 0 on a GPU and its products are discarded; here it is zero from the start, so that a NaN
     in row 0 stays with token 0.
     """
-    rows = x_TC.index_select(0, routing.x_gather_idx[lo:hi].to(torch.int64)).to(torch.float32)
+    rows = x_TC.index_select(0, routing.x_gather_idx[lo:hi].to(torch.int64))
     mask = _pad_mask(routing, lo, hi)
     return rows if mask is None else torch.where(mask, rows, torch.zeros_like(rows))
 
@@ -50,7 +50,8 @@ class _RowSource:
         self.routing = routing
         self.block = rows.block if isinstance(rows, QuantTensor) else None
         if self.block is None:
-            self.plain = rows
+            # All of it once: not every framework gathers every narrow type.
+            self.plain = rows.to(torch.float32)
         else:
             self.codes, self.scales = _values(rows.data), quant.scale_values(rows.scale)
 
@@ -62,7 +63,7 @@ class _RowSource:
     def rows(self, lo: int, hi: int):
         """The same for operands that are in sorted order already."""
         if self.block is None:
-            return self.plain[lo:hi].to(torch.float32)
+            return self.plain[lo:hi]
         return self.codes[lo:hi], self.scales[lo:hi]
 
 
@@ -181,7 +182,7 @@ def _token_major(rows, plan):
 
 
 def _full_rows(x):
-    return quant.dequantize(x) if isinstance(x, QuantTensor) else x
+    return quant.dequantize(x) if isinstance(x, QuantTensor) else x.to(torch.float32)
 
 
 def accumulate_dw1(dz, x, routing, plan, buffers):

@@ -37,5 +37,6 @@ def sizes(counts: list[int], block: int) -> tuple[int, int]:
 def counts_on_host(indices, n_experts: int) -> list[int]:
     """Slots of each expert, for callers without counts. Waits for the device."""
     flat = indices.reshape([indices.shape[0] * indices.shape[1]]).to(torch.int64)
-    here = flat[(flat >= 0) & (flat < n_experts)]
-    return torch.bincount(here, minlength=n_experts).tolist()
+    elsewhere = torch.full_like(flat, n_experts)
+    expert = torch.where((flat >= 0) & (flat < n_experts), flat, elsewhere)
+    return torch.bincount(expert, minlength=n_experts + 1).tolist()[:n_experts]

@@ -93,13 +93,14 @@ def sum_slots(rows_MH, routing, dtype, scores=None):
     total = torch.zeros([routing.n_tokens, width], dtype=torch.float32, device=rows_MH.device)
     if routing.n_slots == 0:
         return total.to(dtype)
+    rows_MH = rows_MH.to(torch.float32)  # not every framework gathers every narrow type
     first = routing.slot_offset[:-1].to(torch.int64)
     count = routing.slot_offset[1:].to(torch.int64) - first
     reverse = routing.s_reverse_scatter_idx.to(torch.int64)
     for number in range(int(count.max())):
         token = torch.nonzero(count > number).reshape([-1])
         slot = first.index_select(0, token) + number
-        part = rows_MH.index_select(0, reverse.index_select(0, slot)).to(torch.float32)
+        part = rows_MH.index_select(0, reverse.index_select(0, slot))
         if scores is not None:
             part = part * scores.index_select(0, slot).reshape([-1, 1])
         # Tokens are distinct within a pass, so this is a plain scatter and no order of atomics shows.

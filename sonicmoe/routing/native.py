@@ -9,7 +9,7 @@ import torch
 
 from .. import checks, jit
 from ..gemm.launch import address, arch, current_stream
-from .arrays import Arrays, counts_on_host, sizes
+from .arrays import Arrays, counts_on_host
 
 _NAME = "deepep_topk_metadata"
 _HEADERS = (f"{_NAME}.h",)
@@ -38,7 +38,7 @@ def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
     indices, probs = indices.contiguous(), probs.contiguous()
     inputs = _inputs(module, indices, probs, n_experts, block)
     found = module.count(inputs)
-    n_slots, n_rows = sizes(found, block)
+    n_slots, n_rows = module.sizes(found, block)
     arrays = Arrays(indices, int(indices.shape[0]), n_experts, n_slots, n_rows, 0)
     source, target, words = _scale_rows(scales, n_rows)
     module.build(inputs, module.Outputs(*arrays.addresses, n_slots, n_rows), address(source), address(target), words)
@@ -52,7 +52,7 @@ def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
     indices, probs = indices.contiguous(), probs.contiguous()
     n_tokens, n_topk = indices.shape
     counts = counts_on_host(indices, n_experts) if counts is None else counts
-    n_slots, n_rows = sizes(counts, block)
+    n_slots, n_rows = module.sizes(counts, block)
     arrays = Arrays(
         indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_tokens, n_topk, n_experts)
     )

@@ -307,14 +307,22 @@ def test_the_output_of_one_layer_feeds_the_next_with_the_same_parameters():
     assert relative_error(array(w2.main_grad), top.dw2 + bottom.dw2) < 2 * BF16["dw2"]
 
 
-def test_two_threads_on_the_same_parameters():
+@pytest.mark.parametrize("given", [False, True], ids=["absent", "given"])
+def test_two_threads_on_the_same_parameters(given, deferral):
+    """The accumulation of both calls at the same moment, again and again; it is where their paths meet."""
     problems = series(2, **SMALL)
     parts = [once(problem) for problem in problems]
-    for _ in range(10):
-        weights = native_parameters(problems[0])
-        together(*(lambda p=p, w=weights: Call(p, w).land() for p in problems))
-        for name, weight in zip(("dw1", "dw2"), weights, strict=True):
-            assert bits(weight.main_grad) == bits(parts[0][name] + parts[1][name])
+    weights = native_parameters(problems[0])
+    queue = {"w1": [], "w2": []}
+    deferral(lambda point, weight, run_wgrad: queue[point].append(run_wgrad) is None)
+    for problem in problems:
+        Call(problem, weights).land()
+    for name, weight, part in zip(("w1", "w2"), weights, ("dw1", "dw2"), strict=True):
+        total = bits(parts[0][part] + parts[1][part])
+        for number in range(40):
+            weight.main_grad = paddle.zeros(parts[0][part].shape) if given else None
+            together(*queue[name])
+            assert bits(weight.main_grad) == total, f"{name}, round {number}: a gradient is lost"
 
 
 # ---- Counts, settings, streams ---------------------------------------------------------------------------------------
@@ -375,8 +383,10 @@ def test_a_forwarded_clamp_is_the_oracles(fp8):
     problem = make_problem(weight_std=0.2, **SMALL)
     result = run_fleet(problem, fp8=fp8, fp8_config=foreign(swiglu_clamp_value=1.0))
     for name in ("out", "dx", "ds", "dw1", "dw2"):
-        errors = [relative_error(getattr(result, name), getattr(oracle(problem, clamp=c), name)) for c in (1.0, None, 2.0)]
-        assert errors[0] < 0.12 < 0.2 < min(errors[1:]), (name, errors)
+        candidates = [getattr(oracle(problem, clamp=clamp), name) for clamp in (1.0, None, 2.0)]
+        errors = [relative_error(getattr(result, name), candidate) for candidate in candidates]
+        # A gradient jumps where its input crosses the clamp, so the formats' floors do not hold near it.
+        assert errors[0] < 0.4 * min(errors[1:]), (name, errors)
 
 
 def test_a_setting_left_open_follows_the_active_configuration():

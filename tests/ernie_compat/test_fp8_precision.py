@@ -64,10 +64,11 @@ def assert_beyond_inherent(errors, unavoidable, names=Result.NAMES, where=""):
 
 @functools.cache
 def row_errors(row, recipe, fp8_wgrad):
-    """A row of the table, narrowed to H=256 and I=128, on as many seeds as ds needs."""
+    """A row of the table, narrowed to H=256 and I=128, on as many seeds as ds needs. The precision of wgrad is
+    nothing to ds, so BF16 wgrad is looked at with fewer."""
     n_tokens, topk, _, _ = row
     total = Errors()
-    for seed in range(max(1, ENOUGH // (n_tokens * topk))):
+    for seed in range(max(1, (ENOUGH if fp8_wgrad else 1024) // (n_tokens * topk))):
         problem = row_problem(row, seed=seed, hidden=256, intermediate=128)
         total.add(run_node(problem, config=fp8_config(recipe, fp8_wgrad)), oracle(problem))
     return total
@@ -78,7 +79,6 @@ def row_errors(row, recipe, fp8_wgrad):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_rows(row, recipe, fp8_wgrad):
     errors = row_errors(row, recipe, fp8_wgrad)
-    assert errors.count("ds") >= ENOUGH
     assert_fp8(errors, recipe, where=f"{row} {recipe}")
     # A backend that computed in BF16 and said FP8 would pass every floor above.
     assert all(errors.relative(name) > 0.05 for name in Result.NAMES), "this is no FP8"
@@ -105,11 +105,10 @@ def test_rows_at_full_size(row, recipe):
     assert_fp8(errors, recipe, where=f"{row} {recipe}")
 
 
-@WGRADS
-@BY_RECIPE
+@pytest.mark.parametrize("recipe, fp8_wgrad", [*((recipe, True) for recipe in RECIPES), ("sm90", False)])
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 300.0])
 def test_magnitudes(magnitude, recipe, fp8_wgrad):
-    problem = row_problem(ROWS[3], seed=20, hidden=256, intermediate=128, magnitude=magnitude)
+    problem = row_problem(ROWS[2], seed=20, hidden=256, intermediate=128, magnitude=magnitude)
     result, expected = run_node(problem, config=fp8_config(recipe, fp8_wgrad)), oracle(problem)
     errors, where = Errors().add(result, expected), f"{magnitude} {recipe}"
     assert_bf16(result, fp8_model.layer(problem, RECIPES[recipe][1], fp8_wgrad), where=f"{where}, model")
@@ -119,12 +118,11 @@ def test_magnitudes(magnitude, recipe, fp8_wgrad):
     assert_beyond_inherent(errors, inherent(problem, recipe), where=where)
 
 
-@WGRADS
-@BY_RECIPE
+@pytest.mark.parametrize("recipe, fp8_wgrad", [*((recipe, True) for recipe in RECIPES), ("sm90", False)])
 def test_heavy_tails(recipe, fp8_wgrad):
     """One channel a hundred times the rest. A float32 scale puts it on 448 exactly; a power of two does not, and then
     its rounding is shared by gate and up of a whole row: with those scales only the inherent bound can hold."""
-    problem = with_heavy_channel(row_problem(ROWS[3], seed=21, hidden=256, intermediate=128))
+    problem = with_heavy_channel(row_problem(ROWS[2], seed=21, hidden=256, intermediate=128))
     result, expected = run_node(problem, config=fp8_config(recipe, fp8_wgrad)), oracle(problem)
     assert_bf16(result, fp8_model.layer(problem, RECIPES[recipe][1], fp8_wgrad), where=recipe)
     errors = Errors().add(result, expected)
@@ -227,21 +225,29 @@ def as_received(problem, carrier):
 def test_dispatch_in_the_recipes_own_format(recipe, carrier, fp8_wgrad):
     """A payload quantized as the layer would have done it: the bits of a BF16 dispatch but for dW1, whose x is what
     arrived."""
-    problem = row_problem(ROWS[3], seed=29, hidden=256, intermediate=128)
+    problem = make_problem(n_tokens=70, hidden=256, topk=3, n_experts=5, routing="holes", seed=29)
     config = fp8_config(recipe, fp8_wgrad)
     result = dispatched(problem, carrier, config)
     assert_equal_results(result, run_node(problem, config=config), names=("out", "dx", "ds", "dw2"))
-    assert_fp8(Errors().add(result, oracle(problem)), recipe)
     assert_bf16(result, fp8_model.layer(as_received(problem, carrier), RECIPES[recipe][1], fp8_wgrad))
 
 
 @pytest.mark.parametrize("recipe, carrier", [("sm90", c) for c in CARRIERS[1:]] + [("sm100", "fp32")])
 def test_dispatch_in_another_format(recipe, carrier):
-    """Requantized on arrival. The sender's rounding is not this layer's: the oracle is fed what arrived."""
-    problem = row_problem(ROWS[3], seed=30, hidden=256, intermediate=128)
+    """Requantized on arrival, in one rounding more."""
+    problem = make_problem(n_tokens=70, hidden=256, topk=3, n_experts=5, routing="holes", seed=30)
     result, received = dispatched(problem, carrier, fp8_config(recipe, True)), as_received(problem, carrier)
     assert_bf16(result, fp8_model.layer(received, RECIPES[recipe][1], True))
-    assert_fp8(Errors().add(result, oracle(received)), recipe)
+
+
+@pytest.mark.parametrize("recipe, carrier", [("sm90", "fp32"), ("sm90", "ue8m0_words"), ("sm100", "ue8m0_words")])
+def test_precision_of_a_dispatch_in_fp8(recipe, carrier):
+    """In the recipe's own format the floors hold against the bf16 that the sender had. In another one the sender's
+    rounding comes on top of this layer's, which is judged on what arrived."""
+    problem = row_problem(ROWS[2], seed=30, hidden=256, intermediate=128)
+    own = (recipe, carrier) in TAKEN_AS_THEY_ARE
+    result = dispatched(problem, carrier, fp8_config(recipe, True))
+    assert_fp8(Errors().add(result, oracle(problem if own else as_received(problem, carrier))), recipe)
 
 
 def test_ue8m0_carriers_give_the_same_bits():

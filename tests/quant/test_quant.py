@@ -59,6 +59,14 @@ def test_the_model_knows_the_format():
     assert np.array_equal(model.encode(model.decode(np.arange(255))[:127]), np.arange(127))
 
 
+def test_the_models_two_roundings_agree():
+    bits = np.random.default_rng(1).integers(0, 2**32, 200_000, dtype=np.uint32)
+    middles = ((model.values()[1:] + model.values()[:-1]) / 2).astype(np.float32)
+    x = np.concatenate([bits.view(np.float32), np.linspace(-500, 500, 99_991, dtype=np.float32), middles, -middles])
+    x = x[np.isfinite(x)]
+    np.testing.assert_array_equal(model.nearest(x), model.decode(model.encode(x)))
+
+
 def test_every_code_reads_as_its_value():
     codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
     q = QuantTensor(from_codes(codes), paddle.ones([2, 1]), (1, 128))

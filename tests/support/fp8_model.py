@@ -63,27 +63,40 @@ def spread(scale, block) -> np.ndarray:
     return scale.repeat(block[0], axis=-2).repeat(block[1], axis=-1)
 
 
-def quantize(x, block, pow2=False) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [..., R, C] and float32 scales [..., R/rows, C/cols] of float32 x, in float32 arithmetic."""
-    x = np.asarray(x, dtype=np.float32)
+def scales(x, block, pow2=False) -> np.ndarray:
+    """float32 scales [..., R/rows, C/cols]: amax / 448 of the finite values, at least 2**-126, rounded up if asked."""
     *lead, r, c = x.shape
-    tiles = np.abs(np.where(np.isfinite(x), x, np.float32(0))).reshape(
-        *lead, r // block[0], block[0], c // block[1], block[1]
-    )
+    magnitude = np.abs(np.where(np.isfinite(x), x, np.float32(0)))
+    tiles = magnitude.reshape(*lead, r // block[0], block[0], c // block[1], block[1])
     scale = np.maximum(tiles.max(axis=(-3, -1)) / np.float32(E4M3_MAX), np.float32(2.0**-126))
     if pow2:
         mantissa, exponent = np.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
         scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent)).astype(np.float32)
+    return scale
+
+
+def quantize(x, block, pow2=False) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [..., R, C] and scales of float32 x, in float32 arithmetic."""
+    x = np.asarray(x, dtype=np.float32)
+    scale = scales(x, block, pow2)
     with np.errstate(invalid="ignore", over="ignore"):
         return encode(x * spread(np.float32(1) / scale, block)), scale
 
 
+def nearest(x) -> np.ndarray:
+    """decode(encode(x)) of finite x by arithmetic, for the many values of a layer: 8 steps an octave, ties to even."""
+    _, exponent = np.frexp(x)
+    step = np.ldexp(np.float32(1), np.maximum(exponent, -5) - 4)
+    return np.clip(np.rint(x / step) * step, -E4M3_MAX, E4M3_MAX)
+
+
 def rounded(x, block, pow2=False) -> np.ndarray:
-    """x as it is after a way through e4m3, in float64."""
-    if 0 in np.shape(x):
-        return np.asarray(x, dtype=np.float64)
-    code, scale = quantize(x, block, pow2)
-    return decode(code) * spread(scale.astype(np.float64), block)
+    """Finite x as it is after a way through e4m3, in float64."""
+    x = np.asarray(x, dtype=np.float32)
+    if 0 in x.shape:
+        return x.astype(np.float64)
+    scale = scales(x, block, pow2)
+    return nearest(x * spread(np.float32(1) / scale, block)) * spread(scale.astype(np.float64), block)
 
 
 def rows(x, recipe: Recipe) -> np.ndarray:
