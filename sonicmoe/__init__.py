@@ -5,7 +5,10 @@ as it is. The Paddle entry points load Paddle when they are first asked for.
 """
 
 import importlib
+import sys
 
+# Those without a framework at once: after a renaming, `from .. import checks` would look for the old name.
+from . import cache_safety, checks, jit  # noqa: F401
 from .capabilities import API_VERSION, CAPABILITIES
 from .config import SonicMoEConfig
 from .enums import ActivationType, KernelBackendMoE
@@ -24,7 +27,12 @@ __all__ = ["API_VERSION", "CAPABILITIES", "ActivationType", "KernelBackendMoE", 
 def __getattr__(name):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Relative to whatever name this package goes by: some callers load it under another parent.
-    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    value = getattr(importlib.import_module(_LAZY[name], _present_name()), name)
     globals()[name] = value
     return value
+
+
+def _present_name() -> str:
+    """The name that this package goes by: a caller may have moved it under another parent after importing it."""
+    loaded = sys.modules.items()
+    return next((name for name, module in list(loaded) if getattr(module, "__dict__", None) is globals()), __name__)

@@ -10,6 +10,7 @@ An artifact is code that we will run: it is imported only if nobody else could h
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -56,6 +57,14 @@ def source_folder() -> Path:
     raise JitUnavailable(f"no csrc folder in {here} or beside it; install sonicmoe with its sources")
 
 
+def _run(command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess:
+    # In English on every machine: the compiler's version is in the key, and its errors are searched for words.
+    env = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=env, timeout=timeout
+    )
+
+
 @dataclass(frozen=True)
 class Compiler:
     path: str
@@ -70,17 +79,23 @@ def find_compiler(cuda: bool) -> Compiler | None:
         path = shutil.which(name)
         if path is None:
             continue
-        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+        try:
+            shown = _run([path, "--version"], timeout=60)
+        except (OSError, subprocess.TimeoutExpired):  # not a program of this machine, or one that hangs
+            continue
         if shown.returncode == 0:
             return Compiler(path, " ".join(shown.stdout.split()))
     return None
 
 
-def _flags(ext: Extension) -> list[str]:
+def _includes() -> list[str]:
     import pybind11  # build-time only: importing an artifact does not need it
 
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+
+def _flags(ext: Extension) -> list[str]:
     flags = ["-O3", "-std=c++17", "-shared", f"-DSONICMOE_MODULE_NAME={ext.module}"]
-    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     if ext.arch is None:
         return [*flags, "-fPIC", "-fvisibility=hidden"]
     number = ext.arch.removeprefix("sm_")
@@ -94,7 +109,8 @@ def _base_key(ext: Extension) -> str:
     digest = hashlib.sha256()
     for name in (*ext.headers, *ext.sources):
         digest.update(f"{name}\0".encode() + (source_folder() / name).read_bytes() + b"\0")
-    digest.update(f"{ext.module} {sys.implementation.cache_tag} {importlib.machinery.EXTENSION_SUFFIXES[0]}".encode())
+    python = f"{sys.implementation.cache_tag} {importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    digest.update(f"{python} {' '.join(_flags(ext))}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -138,11 +154,14 @@ def _compile(ext: Extension, compiler: Compiler, folder: Path) -> None:
     """Artifact and manifest into ``folder``."""
     artifact = folder / f"{ext.module}.so"
     sources = [str(source_folder() / name) for name in ext.sources]
-    command = [compiler.path, *_flags(ext), *sources, "-o", str(artifact)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [compiler.path, *_flags(ext), *_includes(), *sources, "-o", str(artifact)]
+    done = _run(command)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-        first = lines[0].strip() if lines else f"exit status {done.returncode}"
+        # A full disk first: the linker says that in a line without "error", and follows it by one that says nothing.
+        lines = done.stderr.splitlines()
+        wanted = (os.strerror(errno.ENOSPC).lower(), "error", "")
+        found = [line.strip() for word in wanted for line in lines if word in line.lower()]
+        first = found[0] if found else f"exit status {done.returncode}"
         raise JitUnavailable(f"{Path(compiler.path).name} could not compile {ext.module}: {first}")
     # Whatever the umask is: a file that others may write is refused when it is loaded.
     artifact.chmod(0o755)
@@ -173,15 +192,16 @@ def _build(ext: Extension, cache_dir: Path, timeout: float) -> Path:
         # We hold the lock, so a folder like this belongs to a builder that died.
         for orphan in final.parent.glob(f".{final.name}-*"):
             shutil.rmtree(orphan, ignore_errors=True)
-        scratch = final.parent / f".{final.name}-{uuid.uuid4().hex}"
+        scratch, aside = (final.parent / f".{final.name}-{uuid.uuid4().hex}" for _ in range(2))
         scratch.mkdir(mode=0o700)
         try:
             _compile(ext, compiler, scratch)
-            if final.exists():  # truncated or changed: aside with it, in one step
-                final.rename(final.parent / f".{final.name}-{uuid.uuid4().hex}")
+            if final.exists():  # truncated or changed: out of the way in one step
+                final.rename(aside)
             scratch.rename(final)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         return final / f"{ext.module}.so"
 
 
@@ -232,15 +252,23 @@ def load(ext: Extension, cache_dir, timeout: float = LOCK_TIMEOUT_S):
 
 
 def _load(ext: Extension, cache_dir: Path, timeout: float):
+    unloadable = None
     try:
         for folder in _candidates(ext, cache_dir):
             artifact = _intact(folder, ext)
             if artifact is not None:
-                return _import(artifact, ext)
+                try:
+                    return _import(artifact, ext)
+                except JitUnavailable as reason:  # without a compiler, that of another machine may still load
+                    unloadable = reason
+        if unloadable is not None:
+            raise unloadable
         cache_safety.make_private(cache_dir, "ext", "locks")
         return _import(_build(ext, cache_dir, timeout), ext)
     except (JitUnavailable, UnsafeCache):
         raise
+    except ImportError as error:
+        raise JitUnavailable(f"cannot build {ext.module}: {error}; pip install pybind11 filelock") from error
     except OSError as error:  # full disk, read-only file system, no permission
         reason = error.strerror or str(error)
         raise JitUnavailable(

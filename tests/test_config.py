@@ -65,6 +65,7 @@ FIELDS = {
     "fp8_pow2_scale": (False, True),
     "swiglu_clamp": (None, 7.0),
     "backend": ("auto", "naive"),
+    "metadata_backend": ("auto", "host"),
 }
 DEFAULTS = {name: default for name, (default, _) in FIELDS.items()}
 OTHER = {name: other for name, (_, other) in FIELDS.items()}
@@ -261,6 +262,7 @@ class Mode(StrEnum):
         ("fp8_recipe", 90, TypeError),
         *(("backend", value, ValueError) for value in ["cpu", "", "cuda", None]),
         ("backend", 1, TypeError),
+        *(("metadata_backend", value, ValueError) for value in ["cpu", "numpy", None]),
         *(("swiglu_clamp", value, ValueError) for value in [0, 0.0, -0.0, -1.0, math.inf, -math.inf, math.nan]),
         ("swiglu_clamp", 10**400, ValueError),
         *(("swiglu_clamp", value, TypeError) for value in [True, False, "7", 1j, [7.0]]),

@@ -108,7 +108,7 @@ def test_averaged_gradients_are_those_of_one_process(results, name):
 
 @pytest.mark.dist
 def test_the_ranks_had_different_gradients(results):
-    """Or else averaging them would be no test: an idle rank halves nothing that the other one has not."""
+    """Or else averaging them would be no test: without the second rank's tokens the mean is another one."""
     ranks, _ = results
     for weight, value in ranks[0]["bf16"].items():
         assert floors.relative_error(ranks[0]["bf16 with an idle rank"][weight], value) > 0.1
@@ -122,7 +122,6 @@ def test_training_stays_in_step(results, name):
         assert value.tobytes() == second[key].tobytes(), f"{key}: the ranks' weights drifted apart"
     assert len(first["losses"]) == STEPS
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=FLOAT32)
-    assert first["losses"][-1] < first["losses"][0]
     weights = [key.removeprefix("after ") for key in alone if key.startswith("after ")]
     assert len(weights) == 2 * PROBLEM["n_experts"] + 1
     for weight in weights:
@@ -142,6 +141,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
 pathlib.Path(sys.argv[1], f"pids{rank}").write_text(f"{os.getpid()} {child.pid}")
 time.sleep(600)
 """
+
 
 def runs(pid: int) -> bool:
     """Whether a process is alive; one that only waits to be collected has no command line any more."""

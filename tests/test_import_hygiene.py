@@ -164,7 +164,9 @@ def test_no_warning_and_no_output_from_import_or_use():
         print(json.dumps({"warnings": found, "output": log.read().decode()}))
     """
     found = children.answer(script)
-    assert found["warnings"] == []
+    # Where no C++ compiler is, the choice of a slower implementation is announced, once.
+    announced = [line for line in found["warnings"] if "sonicmoe: routing metadata runs as 'naive'" in line]
+    assert len(announced) <= 1 and found["warnings"] == announced
     assert found["output"] == ""
 
 

@@ -4,6 +4,7 @@ Without a torch at hand, its sources at least are held to what both frameworks h
 """
 
 import ast
+import itertools
 import json
 
 import numpy as np
@@ -118,11 +119,10 @@ class Cases:
             arrays = {name: getattr(problem, name) for name in ("x", "indices", "probs")}
             arrays["rows"] = rng.standard_normal((n_experts * 128 + 128, 8)).astype(np.float32)
             self.add_inputs(given, arrays)
-            for block in (1, 128):
-                for dtype in ("int32", "int64"):
-                    name = f"{given} block {block} {dtype}"
-                    more = dict(n_experts=n_experts, block=block, counts=problem.counts, index_dtype=dtype)
-                    self.add(name, "routing", given, **more)
+            for block, dtype, backend in itertools.product((1, 128), ("int32", "int64"), ("auto", "naive")):
+                name = f"{given} block {block} {dtype} {backend}"
+                more = dict(n_experts=n_experts, block=block, counts=problem.counts, index_dtype=dtype, backend=backend)
+                self.add(name, "routing", given, **more)
 
     def _quantizers(self):
         rng = np.random.default_rng(3)
@@ -164,6 +164,7 @@ class Cases:
             add(f"fp32 {kind}", inputs, kind, storage="float32")
         add("bf16 clamped", "plain", swiglu_clamp=0.2)
         add("bf16 from an FP8 dispatch", "plain", payload="sm90")
+        add("fp16", "plain", storage="float16")
         add("bf16 idle experts", "idle")
         for label, recipe in RECIPES.items():
             fp8 = dict(
@@ -262,9 +263,9 @@ def test_activations(results, case):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", names("fp32", "bf16", "fp8"))
+@pytest.mark.parametrize("case", names("fp32", "fp16", "bf16", "fp8"))
 def test_forward_and_backward(results, case):
-    assert_close(results, case, {"fp32": FLOAT32, "bf16": BF16, "fp8 ": FP8}[case[:4]])
+    assert_close(results, case, {"fp32": FLOAT32, "fp16": BF16, "bf16": BF16, "fp8 ": FP8}[case[:4]])
 
 
 # ---- The sources: names that both frameworks have, and no calls that mean something else under Paddle ----------------

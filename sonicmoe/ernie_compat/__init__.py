@@ -8,6 +8,10 @@ from . import torch_proxy
 
 torch_proxy.ensure()
 
+# First, and by this form: it makes the engine an attribute of the package under whatever name that goes by. The form
+# `from .. import expert_mlp` alone would ask for it under the package's first name.
+from ..expert_mlp import Plan  # noqa: E402, F401, I001
+
 from .deepep_metadata import deepep_topk_to_sonic_metadata  # noqa: E402
 from .fleet import run_sonic_moe  # noqa: E402
 from .mlp_node import SonicMoEMlpNode  # noqa: E402

@@ -48,11 +48,36 @@ def ensure() -> None:
             )
         return
     enable = _enabler()
+    if _covers(root):
+        return
     scope = {root, *_COMPANIONS}
     try:
         enable(scope=scope, silent=True)
     except TypeError:  # versions without ``silent`` warn when a scope grows, and do the same
         enable(scope=scope)
+    _drop_repeated_finders()
+
+
+def _finders() -> list:
+    return [finder for finder in sys.meta_path if type(finder).__name__ == "TorchProxyMetaFinder"]
+
+
+def _covers(name: str) -> bool:
+    """Whether the proxy is on for ``name`` already. Then it must be left alone: Paddle 3.3 takes a scope that is added
+    to a global proxy for the new, narrower scope, and the user's own `import torch` would stop meaning Paddle."""
+    for finder in _finders():
+        scope = getattr(finder, "_local_enabled_scope", ())
+        if getattr(finder, "_globally_enabled", False) or any(name == s or name.startswith(f"{s}.") for s in scope):
+            return True
+    return False
+
+
+def _drop_repeated_finders() -> None:
+    """Each enabling puts Paddle's one finder in once more, and every import below it would then run that often."""
+    for position in reversed(range(len(sys.meta_path))):
+        finder = sys.meta_path[position]
+        if finder in _finders() and sys.meta_path.count(finder) > 1:
+            del sys.meta_path[position]
 
 
 def verify() -> None:

@@ -22,8 +22,9 @@ def fused_grouped_w1_to_sonic(weight):
     experts, hidden, width = _dims(weight, "[E, H, 2I]")
     if width % 2:
         raise ValueError(f"weight: got shape {[experts, hidden, width]}, need an even last dimension: gate and up")
-    halves = weight.reshape([experts, hidden, 2, width // 2])
-    return halves.permute([0, 3, 2, 1]).reshape([experts, width, hidden]).contiguous()
+    # stack and cat always write a fresh tensor; a permuted view of trivial dimensions would be returned as it is.
+    halves = [weight[:, :, part * (width // 2) : (part + 1) * (width // 2)].transpose(1, 2) for part in range(2)]
+    return torch.stack(halves, dim=2).reshape([experts, width, hidden])
 
 
 def fused_sonic_w1_to_grouped(weight):
@@ -31,12 +32,10 @@ def fused_sonic_w1_to_grouped(weight):
     experts, width, hidden = _dims(weight, "[E, 2I, H]")
     if width % 2:
         raise ValueError(f"weight: got shape {[experts, width, hidden]}, need an even middle dimension: gate and up")
-    pairs = weight.reshape([experts, width // 2, 2, hidden])
-    return pairs.permute([0, 3, 2, 1]).reshape([experts, hidden, width]).contiguous()
+    return torch.cat([weight[:, part::2].transpose(1, 2) for part in range(2)], dim=2)
 
 
 def fused_transpose_w2_layout(weight):
     """[E,A,B] -> [E,B,A]: w2 between grouped and native, either way."""
     _dims(weight, "[E, I, H] or [E, H, I]")
-    # stack: a fresh tensor even where a dimension of 1 makes the transposed view look contiguous.
     return torch.stack([expert.transpose(0, 1) for expert in weight.unbind(0)], dim=0)

@@ -33,6 +33,16 @@ _BUILDERS = {"host": native.build_host, "cuda": native.build_cuda, "triton": _tr
 _AUTO = {True: ("host", "naive"), False: ("cuda", "triton")}  # by whether the indices are on the CPU
 
 
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    """Not left to ``warnings``: it forgets what it has said whenever anybody touches its filters."""
+    if line not in _said:
+        _said.add(line)
+        warnings.warn(line, stacklevel=3)
+
+
 def build(indices, probs, n_experts: int, block: int, config, counts, scales) -> tuple[str, dict]:
     """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
     backend chosen by name runs or raises."""
@@ -49,7 +59,7 @@ def build(indices, probs, n_experts: int, block: int, config, counts, scales) ->
         try:
             return name, _BUILDERS[name](indices, probs, n_experts, block, counts, config.cache_dir, scales)
         except JitUnavailable as reason:
-            warnings.warn(f"sonicmoe: routing metadata runs as {last!r}, not {name!r}: {reason}", stacklevel=2)
+            _say_once(f"sonicmoe: routing metadata runs as {last!r}, not {name!r}: {reason}")
     return last, _BUILDERS[last](indices, probs, n_experts, block, counts, config.cache_dir, scales)
 
 

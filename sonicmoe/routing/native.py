@@ -15,6 +15,7 @@ _NAME = "deepep_topk_metadata"
 _HEADERS = (f"{_NAME}.h",)
 HOST = jit.Extension(_NAME, (f"{_NAME}.cpp",), _HEADERS)
 
+
 def cuda_extension(target: str) -> jit.Extension:
     return jit.Extension(_NAME, (f"{_NAME}.cpp", f"{_NAME}.cu"), _HEADERS, target)
 
@@ -27,9 +28,14 @@ def _module(target: str | None, cache_dir):
 
 def _inputs(module, indices, probs, n_experts: int, block: int):
     n_tokens, n_topk = indices.shape
-    return module.Inputs(
-        address(indices), indices.dtype == torch.int64, address(probs), n_tokens, n_topk, n_experts, block
-    )
+    wide = indices.dtype == torch.int64
+    try:
+        return module.Inputs(address(indices), wide, address(probs), n_tokens, n_topk, n_experts, block)
+    except ValueError as limit:
+        raise ValueError(
+            f"routing metadata: got T={n_tokens}, K={n_topk}, E={n_experts}, block={block}; {limit}. "
+            "metadata_backend='naive' has no such limit"
+        ) from None
 
 
 def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, scales=None) -> dict:

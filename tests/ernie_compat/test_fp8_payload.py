@@ -10,7 +10,7 @@ from paddle.autograd import PyLayer
 from sonicmoe import SonicMoEConfig
 from sonicmoe.ernie_compat import quantize_activation_blockscaled_fast, run_sonic_moe
 from sonicmoe.functional import set_wgrad_deferral_hook
-from tests.support.floors import FP8_RELATIVE, assert_bf16, assert_fp8
+from tests.support.floors import assert_bf16, cosine, relative_error
 from tests.support.lifecycle import assert_same_bits, bits, expert_mlp, weight_grads
 from tests.support.oracle import Result
 from tests.support.paddle_runs import array, expert_list, main_grads, make_node, native_parameters, oracle, tensor
@@ -84,9 +84,11 @@ def run_as_x(problem, config, carrier):
     return run(problem, config, data, carry_grad=False, dispatched_hidden_states_scales=scale)
 
 
-def floor_of(carrier, mode):
-    """A payload of another recipe is quantized once more on its way, and 2.6 % are added in quadrature."""
-    return FP8_RELATIVE if NATIVE[carrier] == mode else np.hypot(FP8_RELATIVE, 0.026)
+def assert_wired(result, expected, names=Result.NAMES, where=""):
+    """Not the format's floors, which test_fp8_precision holds: a scale on the wrong block or row is far from this."""
+    for name in names:
+        value, wanted = getattr(result, name), getattr(expected, name)
+        assert relative_error(value, wanted) < 0.15 and cosine(value, wanted) > 0.99, (where, name)
 
 
 def on_dequantized(problem, carrier):
@@ -106,7 +108,7 @@ def test_every_carrier_against_the_oracle_on_what_it_stands_for(carrier, mode, m
     if mode == "bf16":
         assert_bf16(result, expected, where=carrier)
     else:
-        assert_fp8(result, expected, where=f"{carrier} {mode}", relative=floor_of(carrier, mode))
+        assert_wired(result, expected, where=f"{carrier} {mode}")
 
 
 @pytest.mark.parametrize("mode", CONFIGS)
@@ -204,7 +206,7 @@ def test_a_bf16_carrier_gets_a_gradient_that_e4m3_could_not_hold():
     for rows in (slice(0, None, 2), slice(1, None, 2)):
         part = Result(*(getattr(result, n)[rows] if n == "dx" else None for n in Result.NAMES))
         wanted = Result(*(getattr(expected, n)[rows] if n == "dx" else None for n in Result.NAMES))
-        assert_fp8(part, wanted, names=("dx",))
+        assert_wired(part, wanted, names=("dx",))
 
 
 def test_special_scales():
@@ -320,7 +322,7 @@ def test_the_handles_gradient_against_the_oracle(carrier, mode, wgrad):
     grads = [np.stack([array(found[f"{e}.{part}"]) for e in range(3)]) for part in ("up_gate_proj", "down_proj")]
     result = Result(array(found["out"]), array(found["dx"]), array(found["ds"]), *grads)
     exact = types.SimpleNamespace(**{**vars(problem), "dout": dequantized(problem.dout, carrier)})
-    assert_fp8(result, oracle(exact), where=f"{carrier} {mode}", relative=floor_of(carrier, mode))
+    assert_wired(result, oracle(exact), where=f"{carrier} {mode}")
 
 
 def test_an_empty_handle_means_the_gradient_of_autograd():

@@ -85,9 +85,10 @@ def quantize(x, block, pow2=False) -> tuple[np.ndarray, np.ndarray]:
 
 def nearest(x) -> np.ndarray:
     """decode(encode(x)) of finite x by arithmetic, for the many values of a layer: 8 steps an octave, ties to even."""
+    x = np.clip(x, -E4M3_MAX, E4M3_MAX)
     _, exponent = np.frexp(x)
     step = np.ldexp(np.float32(1), np.maximum(exponent, -5) - 4)
-    return np.clip(np.rint(x / step) * step, -E4M3_MAX, E4M3_MAX)
+    return np.rint(x / step) * step
 
 
 def rounded(x, block, pow2=False) -> np.ndarray:

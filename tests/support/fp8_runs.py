@@ -8,7 +8,7 @@ import paddle
 from sonicmoe import SonicMoEConfig
 
 from . import fp8_model
-from .oracle import Result
+from .oracle import GLU_GATES, Result
 from .paddle_runs import oracle
 from .problems import Problem, make_problem, to_bf16
 
@@ -73,12 +73,13 @@ class Errors:
         return int(self.sums[name][4])
 
 
-def inherent(problem, recipe: str) -> Errors:
+def inherent(problem, recipe: str, kind="swiglu") -> Errors:
     """What rounding x and w1 alone to e4m3 does to the function, all else being exact: no kernel that multiplies
     e4m3 operands can come closer. It matters where the slope of the gate is a step, as at large magnitudes."""
     r = RECIPES[recipe][1]
-    w1 = np.stack([fp8_model.separate(fp8_model.weight(fp8_model.interleave(w).T, r).T) for w in problem.w1])
-    return Errors().add(oracle(replace(problem, x=fp8_model.rows(problem.x, r), w1=w1)), oracle(problem))
+    order, back = (fp8_model.interleave, fp8_model.separate) if kind in GLU_GATES else (np.asarray, np.asarray)
+    w1 = np.stack([back(fp8_model.weight(order(w).T, r).T) for w in problem.w1])
+    return Errors().add(oracle(replace(problem, x=fp8_model.rows(problem.x, r), w1=w1), kind), oracle(problem, kind))
 
 
 CARRIERS = ("fp32", "ue8m0_bytes", "ue8m0_words", "ue8m0_values")

@@ -82,8 +82,6 @@ class Model:
                 weight.main_grad.scale_(1.0 / PARTS)
 
 
-
-
 def parts_of(case, n_rows: int) -> list[slice]:
     """The rows of each micro-batch that this process runs."""
     step = n_rows // PARTS
@@ -131,7 +129,7 @@ def training(case, problem):
         if dist.is_initialized():
             mean = paddle.to_tensor([total], dtype="float64")
             dist.all_reduce(mean)
-            total = float(mean) / PARTS
+            total = float(mean[0]) / PARTS
         losses.append(total)
         for name, weight in model.named_parameters():
             masters[name].grad, weight.main_grad = weight.main_grad, None

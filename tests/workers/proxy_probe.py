@@ -118,7 +118,7 @@ STEPS = {
 
 
 def meaning(module):
-    """"paddle", "torch" or None for what goes by the name of torch."""
+    """What goes by the name of torch: "paddle", "torch" or None."""
     if module is None:
         return None
     paddle = sys.modules.get("paddle")
