@@ -71,7 +71,7 @@ def is_cpu(tensor) -> bool:
 def require_int(name: str, value, minimum: int = 1) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != value or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, need an integer")

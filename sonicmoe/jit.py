@@ -219,7 +219,7 @@ def _lock(path: Path, timeout: float):
             who = holder.read_text()
         except OSError:
             who = "an unknown process"
-        raise JitUnavailable(f"waited {timeout:.0f} s for {path}, held by {who}; end it if it hangs") from None
+        raise JitUnavailable(f"waited {timeout:g} s for {path}, held by {who}; end it if it hangs") from None
     try:
         holder.write_text(f"process {os.getpid()} on host {socket.gethostname()} ({' '.join(sys.argv[:2])})")
         yield

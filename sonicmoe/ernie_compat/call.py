@@ -64,8 +64,8 @@ class _ExpertMlp(PyLayer):
             )
             if grads.wgrad is not None:
                 call.on_wgrad(grads.wgrad, call.experts1, call.experts2)
-        # Paddle wants None exactly where an input's stop_gradient is set; the anchor's own gradient is nothing.
-        return grads.dx, grads.ds, paddle.zeros([1], dtype="float32")
+        # None where an input's stop_gradient is set: Paddle insists. The anchor has served by making this run.
+        return grads.dx, grads.ds, None
 
 
 def needs_grad(tensor) -> bool:

@@ -29,20 +29,33 @@ def check_hidden(name: str, x, hidden_size: int) -> None:
     checks.require_contiguous(name, x)
 
 
-def engine_input(name: str, x, fp8_data=None, fp8_scale=None, layout: str | None = None):
+def engine_input(names: tuple[str, str, str], x, fp8_data=None, fp8_scale=None, layout: str | None = None):
     """x off the tape: a plain tensor, or the FP8 payload if the dispatch was FP8.
 
-    The payload is either x itself (e4m3), or given beside an x that is there for the tape alone.
+    The payload is either x itself (e4m3), or given beside an x that is there for the tape alone. ``names`` are the
+    caller's for x, the FP8 data and the scales.
     """
+    x_name, data_name, scale_name = names
     if fp8_data is not None:
-        payload = activation_payload(fp8_data.detach(), fp8_scale, f"{name} FP8 data", layout)
-        checks.require_shape(f"{name} FP8 data", payload.data, checks.shape_of(x), f"[T, H], as {name}")
-        return payload
+        checks.require_tensor(data_name, fp8_data)
+        checks.require_shape(data_name, fp8_data, checks.shape_of(x), f"[T, H], as {x_name}")
+        checks.require_same_place(data_name, fp8_data, x_name, x)
+        return activation_payload(fp8_data.detach(), fp8_scale, data_name, scale_name, layout)
     if checks.dtype_name(x) == checks.FP8_DTYPE:
-        return activation_payload(x.detach(), fp8_scale, name, layout)
+        return activation_payload(x.detach(), fp8_scale, x_name, scale_name, layout)
     if fp8_scale is not None:
-        raise ValueError(f"{name}: got dtype {checks.dtype_name(x)} with FP8 scales, need float8_e4m3fn data for them")
+        raise ValueError(
+            f"{scale_name}: got scales, but {x_name} is {checks.dtype_name(x)}; they need float8_e4m3fn data"
+        )
+    if layout is not None:
+        raise ValueError(f"{scale_name}: got layout {layout!r} without scales")
     return x.detach()
+
+
+def check_handle(handle) -> None:
+    """What the combine's backward will fill in: a dict, or None for a gradient that is not FP8."""
+    if handle is not None and not isinstance(handle, dict):
+        raise TypeError(f"fp8_combine_grad_handle: got {type(handle).__name__}, need a dict or None")
 
 
 def route(indices, probs, counts: list[int] | None, n_experts: int, plan: Plan, config: SonicMoEConfig):

@@ -6,6 +6,8 @@ Under FP8 it may have emptied the parameters' bf16 storage: then ``weight.fp8`` 
 there is, and nothing here touches the data of the parameter itself.
 """
 
+import threading
+
 import paddle
 
 from .. import checks
@@ -21,6 +23,11 @@ from .fleet_config import resolve
 from .fp8_payload import weight_payload
 from .main_grad import require_main_grad
 from .weights import is_emptied
+
+
+# Two threads may run backwards through the same parameters: neither may allocate over the other's main_grad, nor add
+# to it at the same time.
+_main_grad_lock = threading.Lock()
 
 
 def run_sonic_moe(
@@ -63,7 +70,9 @@ def run_sonic_moe(
         raise ValueError(f"K: got {topk}, but topk_indices has {checks.shape_of(topk_indices)[1]} columns")
     intermediate = _check_weights(w1, w2, n_experts, hidden, kind)
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
-    x = dispatch.engine_input("hidden_states", hidden_states, hidden_states_fp8, fp8_scale)
+    dispatch.check_handle(fp8_combine_grad_handle)
+    names = ("hidden_states", "hidden_states_fp8", "fp8_scale")
+    x = dispatch.engine_input(names, hidden_states, hidden_states_fp8, fp8_scale)
     storage = storage_of(x)
     checks.require_layer_sizes(hidden, intermediate, storage, config.use_fp8)
     plan = make_plan(config, kind, storage=storage, device=dispatch.place_type(hidden_states))
@@ -168,7 +177,7 @@ def _accumulate(point: str, weight, accumulate, experts1, experts2) -> None:
     shape = [n_experts, a, b] if point == "w1" else list(_grouped_shape(weight))
 
     def run_wgrad():
-        with paddle.no_grad():
+        with _main_grad_lock, paddle.no_grad():
             if getattr(weight, "main_grad", None) is None:
                 weight.main_grad = paddle.zeros(shape, dtype="float32")
             accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, experts1, experts2))

@@ -54,7 +54,7 @@ def packed_scale_words(scale, n_rows: int, hidden: int, name: str):
     return word
 
 
-def activation_payload(data, scale, name: str, layout: str | None = None) -> QuantTensor:
+def activation_payload(data, scale, name: str, scale_name: str, layout: str | None = None) -> QuantTensor:
     """e4m3 ``data [T,H]`` with its scales, in one form."""
     checks.require_tensor(name, data)
     checks.require_rank(name, data, 2, "[T, H]")
@@ -62,7 +62,6 @@ def activation_payload(data, scale, name: str, layout: str | None = None) -> Qua
     n_rows, hidden = checks.shape_of(data)
     if hidden % checks.FP8_ALIGN:
         raise ValueError(f"{name}: got {hidden} channels, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
-    scale_name = f"{name} scales"
     if scale is None:
         raise ValueError(f"{scale_name}: got None, but {name} is FP8 and means nothing without its scales")
     checks.require_tensor(scale_name, scale)
@@ -84,13 +83,18 @@ def activation_payload(data, scale, name: str, layout: str | None = None) -> Qua
 def combine_gradient(handle, dout, n_rows: int, hidden: int):
     """dout as the engine takes it: the FP8 gradient that the combine's backward left in ``handle``, or ``dout``.
 
-    The handle is emptied, so that a later backward can never read this one's gradient.
+    The handle is emptied, so that a later backward can never read this one's gradient. An empty one is an error: stock
+    Paddle casts an e4m3 gradient to the output's type on the way here, and codes without scales look like numbers.
     """
-    if handle:
+    if handle is not None:
         missing = [key for key in ("data", "scale") if handle.get(key) is None]
         if missing:
-            raise ValueError(f"fp8_combine_grad_handle: got keys {sorted(handle)}, need 'data' and 'scale'")
-        payload = activation_payload(handle["data"], handle["scale"], "fp8_combine_grad_handle['data']")
+            raise ValueError(
+                f"fp8_combine_grad_handle: got keys {sorted(handle)} at backward, need 'data' and 'scale', which the "
+                "combine's backward puts there; leave the handle away for a gradient that is not FP8"
+            )
+        names = ("fp8_combine_grad_handle['data']", "fp8_combine_grad_handle['scale']")
+        payload = activation_payload(handle["data"], handle["scale"], *names)
         checks.require_shape("fp8_combine_grad_handle['data']", payload.data, (n_rows, hidden), "[T, H]")
         handle.clear()
         return payload

@@ -92,8 +92,9 @@ class SonicMoEMlpNode:
             ("x", x),
         )
         counts = checks.host_counts(tokens_per_expert, self.n_experts)
+        dispatch.check_handle(fp8_combine_grad_handle)
         engine_x = dispatch.engine_input(
-            "x",
+            ("x", "dispatched_hidden_states_fp8", "dispatched_hidden_states_scales"),
             x,
             dispatched_hidden_states_fp8,
             dispatched_hidden_states_scales,
@@ -168,6 +169,7 @@ class SonicMoEMlpNode:
 
     def warmup(self, n_tokens: int = 8, topk: int = 1) -> None:
         """Run one forward and backward on zeros, so that all is compiled. Gradients stay as they are."""
+        n_tokens, topk = checks.require_int("n_tokens", n_tokens), checks.require_int("topk", topk)
         e, h = self.n_experts, self.hidden_size
         weight = checks.dtype_name(self._store.place_of())
         place = self._store.place_of().place

@@ -8,6 +8,7 @@ neither ``set_value`` (which also loads state dicts) nor an optimizer's kernel m
 import hashlib
 import threading
 
+import numpy as np
 import paddle
 
 from .. import checks
@@ -19,8 +20,9 @@ from .weight_layout_fusion import fused_grouped_w1_to_sonic, fused_transpose_w2_
 
 
 def tensor_bytes(tensor) -> memoryview:
-    """A CPU tensor's storage for reading. Integer views because NumPy knows no bfloat16."""
-    return memoryview(tensor.detach().contiguous().view(paddle.uint8).numpy()).cast("B")
+    """A CPU tensor's values for reading. Through NumPy: Paddle's own view of a slice in another item size begins at
+    the wrong byte, and a fused parameter buffer is made of slices."""
+    return memoryview(np.ascontiguousarray(tensor.detach().numpy()).reshape(-1).view(np.uint8))
 
 
 def is_emptied(tensor) -> bool:
@@ -104,6 +106,7 @@ class WeightStore:
     def _read_fingerprint(self) -> bytes:
         digest = hashlib.sha256()
         for param in (*self.params1(), *self.params2()):
+            digest.update(f"{checks.dtype_name(param)} {checks.shape_of(param)}".encode())
             digest.update(tensor_bytes(param))
         return digest.digest()
 

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+import sysconfig
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,7 @@ def main(request: dict) -> list[dict]:
     if "umask" in request:
         os.umask(int(request["umask"], 8))
     if "user" in request:
+        sysconfig.get_paths()  # reads files of Python's on first use
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])

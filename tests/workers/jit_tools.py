@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import stat
 import sys
 from dataclasses import dataclass
@@ -147,11 +146,3 @@ def seen_by_nobody(folder: Path) -> Path:
         if not place.stat().st_mode & stat.S_IXOTH:
             pytest.skip(f"{place} is closed to other users, and the child of this test runs as one")
     return folder
-
-
-def remove(folder: Path) -> None:
-    """With folders in it that the tests have made read-only."""
-    for place in [folder, *folder.rglob("*")]:
-        if place.is_dir() and not place.is_symlink():
-            place.chmod(0o700)
-    shutil.rmtree(folder)
