@@ -24,7 +24,6 @@ from .fp8_payload import weight_payload
 from .main_grad import require_main_grad
 from .weights import is_emptied
 
-
 # Two threads may run backwards through the same parameters: neither may allocate over the other's main_grad, nor add
 # to it at the same time.
 _main_grad_lock = threading.Lock()
