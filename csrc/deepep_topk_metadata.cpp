@@ -49,7 +49,7 @@ std::vector<int32_t> build_on_host(const TopkProblem& p, const ScaleRows& scales
     for (int32_t k = 0; k < p.n_topk; ++k, ++slot) {
       int32_t expert = expert_of(p, slot);
       if (expert < 0) continue;
-      place_by_slot(p, slot, compact, next[expert]);
+      place_by_slot(p, slot, p.probs[slot], compact, next[expert]);
       place_by_row(p, token, compact++, next[expert]++);
     }
   }

@@ -21,7 +21,6 @@ constexpr int kMaxPerThread = 16;
 struct Cut {
   int tiles;
   int per_thread;
-  __host__ __device__ int slots_per_tile() const { return per_thread * kThreads; }
 };
 
 Cut cut(int64_t slots) {
@@ -42,7 +41,7 @@ struct Scratch {
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
 template <int kPerThread>
-__global__ void __launch_bounds__(kThreads) rank_tiles(TopkProblem p, Cut c, int32_t* workspace) {
+__global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, int32_t* workspace) {
   // [kWarps][E] slots of each expert by warp, then those of the warps before.
   extern __shared__ int32_t shared[];
   __shared__ int32_t valid_of_warp[kWarps];
@@ -152,7 +151,8 @@ struct Staged {
   uint16_t slot, compact, expert;
 };
 
-__global__ void __launch_bounds__(kThreads)
+template <int kPerThread>
+__global__ void __launch_bounds__(kThreads, 1)
     place_tiles(TopkProblem p, Cut c, int32_t* workspace, ScaleRows scales) {
   extern __shared__ Staged staged[];       // [slots_per_tile]
   __shared__ int32_t total[kMaxExperts];   // slots of each expert
@@ -163,9 +163,27 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Sums of_warp[kWarps];
   const int experts = p.n_experts, lane = lane_id(), warp = threadIdx.x / 32, tile = blockIdx.x;
   const Scratch from(workspace, experts, c.tiles);
+
+  // What the dispatcher gave does not depend on the first launch: load it while that one still runs.
+  const int64_t all_slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
+  const int64_t begin = static_cast<int64_t>(tile) * kPerThread * kThreads;
+  int expert[kPerThread];
+  float prob[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t s = begin + i * kThreads + threadIdx.x;
+    expert[i] = s < all_slots ? expert_of(p, s) : -1;
+    prob[i] = expert[i] >= 0 ? p.probs[s] : 0.0f;
+  }
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
+  uint32_t number[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t s = begin + i * kThreads + threadIdx.x;
+    number[i] = s < all_slots ? from.in_tile[s] : 0;
+  }
 
   for (int e = warp; e < experts; e += kWarps) {
     const int32_t* count = from.tile_count + static_cast<int64_t>(e) * c.tiles;
@@ -206,21 +224,20 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   // In slot order: all that is indexed by slot, and the slots into their order by expert.
-  const int64_t all_slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
-  const int64_t begin = static_cast<int64_t>(tile) * c.slots_per_tile();
-  for (int i = threadIdx.x; i < c.slots_per_tile() && begin + i < all_slots; i += kThreads) {
-    const uint32_t s = static_cast<uint32_t>(begin + i);
-    const int expert = expert_of(p, s);
-    const uint32_t number = from.in_tile[s];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int in_tile = i * kThreads + threadIdx.x;
+    if (begin + in_tile >= all_slots) break;
+    const uint32_t s = static_cast<uint32_t>(begin + in_tile);
     const uint32_t token = s / static_cast<uint32_t>(p.n_topk);
-    const int compact = all.before + static_cast<int>(number & 0xffff);
+    const int compact = all.before + static_cast<int>(number[i] & 0xffff);
     if (s == token * p.n_topk) p.slot_offset[token] = compact;
-    if (s == all_slots - 1) p.slot_offset[p.n_tokens] = compact + (expert >= 0);
-    if (expert >= 0) {
-      const int position = here[expert] + static_cast<int>(number >> 16);
-      place_by_slot(p, s, compact, base[expert] + position);
-      staged[position] = {static_cast<uint16_t>(i), static_cast<uint16_t>(number & 0xffff),
-                          static_cast<uint16_t>(expert)};
+    if (s == all_slots - 1) p.slot_offset[p.n_tokens] = compact + (expert[i] >= 0);
+    if (expert[i] >= 0) {
+      const int position = here[expert[i]] + static_cast<int>(number[i] >> 16);
+      place_by_slot(p, s, prob[i], compact, base[expert[i]] + position);
+      staged[position] = {static_cast<uint16_t>(in_tile), static_cast<uint16_t>(number[i] & 0xffff),
+                          static_cast<uint16_t>(expert[i])};
     }
   }
   __syncthreads();
@@ -261,10 +278,24 @@ void allow_shared(Kernel kernel, size_t bytes) {
 }
 
 template <int kPerThread>
-void launch_rank(const TopkProblem& p, const Cut& c, int32_t* workspace, cudaStream_t stream) {
+void launch_both(const TopkProblem& p, const Cut& c, int32_t* workspace, const ScaleRows& scales, cudaStream_t stream) {
   const size_t bytes = sizeof(int32_t) * kWarps * p.n_experts;
   allow_shared(rank_tiles<kPerThread>, bytes);
   rank_tiles<kPerThread><<<c.tiles, kThreads, bytes, stream>>>(p, c, workspace);
+
+  // The second launch may start while the first one runs; it waits for its results by itself.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(c.tiles);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kPerThread * kThreads * sizeof(Staged);
+  allow_shared(place_tiles<kPerThread>, config.dynamicSmemBytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, place_tiles<kPerThread>, p, c, workspace, scales);
 }
 
 const char* last_error() {
@@ -284,26 +315,12 @@ const char* launch(const TopkProblem& p, const ScaleRows& scales, int32_t* works
   if (c.tiles == 0) return "";  // no slots: the caller has zeroed the offsets
   auto s = static_cast<cudaStream_t>(stream);
   switch (c.per_thread) {
-    case 1: launch_rank<1>(p, c, workspace, s); break;
-    case 2: launch_rank<2>(p, c, workspace, s); break;
-    case 4: launch_rank<4>(p, c, workspace, s); break;
-    case 8: launch_rank<8>(p, c, workspace, s); break;
-    default: launch_rank<kMaxPerThread>(p, c, workspace, s);
+    case 1: launch_both<1>(p, c, workspace, scales, s); break;
+    case 2: launch_both<2>(p, c, workspace, scales, s); break;
+    case 4: launch_both<4>(p, c, workspace, scales, s); break;
+    case 8: launch_both<8>(p, c, workspace, scales, s); break;
+    default: launch_both<kMaxPerThread>(p, c, workspace, scales, s);
   }
-
-  // The second launch may start while the first one runs; it waits for its results by itself.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(c.tiles);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = c.slots_per_tile() * sizeof(Staged);
-  allow_shared(place_tiles, config.dynamicSmemBytes);
-  config.stream = s;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, place_tiles, p, c, workspace, scales);
   return last_error();
 }
 

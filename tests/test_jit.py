@@ -220,9 +220,7 @@ def test_artifact_that_does_not_load_is_said(tmp_path, cache, compiler):
     """It compiles, and its recorded hash is right, but it is no module of that name."""
     tools.write_tiny(tmp_path / "csrc", "one", 1, extra="#undef SONICMOE_MODULE_NAME\n#define SONICMOE_MODULE_NAME x")
     for _ in range(2):
-        message = tools.failure(
-            tools.ask(cache, "one", csrc=tmp_path / "csrc", path=compiler.path), "JitUnavailable"
-        )
+        message = tools.failure(tools.ask(cache, "one", csrc=tmp_path / "csrc", path=compiler.path), "JitUnavailable")
         folder = tools.built(cache, "one")
         assert f"{folder}/one_host.so does not load: " in message and f"remove {folder}" in message
         assert "PyInit_one_host" in message

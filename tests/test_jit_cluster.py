@@ -102,9 +102,7 @@ def test_eight_processes_of_which_one_is_killed(csrc, slow, tmp_path):
     rounds, processes, seconds = 50, 8, 0.2
     compiler = slow(seconds)
     command = [STORM, tmp_path, csrc, rounds, processes, 20240711, seconds]
-    done = children.check(
-        children.run([sys.executable, *command], env=tools.environment(compiler.path), timeout=170)
-    )
+    done = children.check(children.run([sys.executable, *command], env=tools.environment(compiler.path), timeout=170))
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == rounds
     for number, outcome in enumerate(found):
@@ -152,7 +150,9 @@ def test_lock_time_out_names_the_holder(csrc, cache, slow):
         (found,) = tools.ask(cache, "one", csrc=csrc, path=waiting.path, timeout=0.5)
         message = tools.failure([found], "JitUnavailable")
         (lock,) = cache.glob("locks/one_host-*.lock")
-        assert message.startswith(f"waited 0.5 s for {lock}, held by process {child.pid} on host {socket.gethostname()}")
+        assert message.startswith(
+            f"waited 0.5 s for {lock}, held by process {child.pid} on host {socket.gethostname()}"
+        )
         assert "jit_child.py" in message and message.endswith("end it if it hangs")
         assert 0.4 < found["seconds"] < 5
     finally:

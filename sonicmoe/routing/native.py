@@ -59,9 +59,7 @@ def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
     n_tokens, n_topk = indices.shape
     counts = counts_on_host(indices, n_experts) if counts is None else counts
     n_slots, n_rows = module.sizes(counts, block)
-    arrays = Arrays(
-        indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_tokens, n_topk, n_experts)
-    )
+    arrays = Arrays(indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_tokens, n_topk, n_experts))
     source, target, words = _scale_rows(scales, n_rows)
     if n_tokens * n_topk == 0:
         arrays.views["expert_offset"].zero_()

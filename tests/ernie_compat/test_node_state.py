@@ -281,6 +281,21 @@ def test_two_threads_on_one_node(config):
             param.main_grad = None
 
 
+def test_two_threads_make_the_first_gradient_of_a_node():
+    """The buffers are allocated by whichever backward comes first, and the other must add to the same ones."""
+    problems = series(2, **SMALL)
+    experts = expert_list(problems[0])
+    _, expected_grads = sequential(experts, problems, BF16)
+    for _ in range(15):
+        node = make_node(problems[0], experts)
+        flights = [Flight(node, problem) for problem in problems]
+        together(*(flight.land for flight in flights))
+        node.step()
+        assert_same_bits(weight_grads(experts), expected_grads)
+        for param in params_of(experts):
+            param.main_grad = None
+
+
 def test_forward_in_one_thread_and_backward_in_another():
     problems = series(2, **SMALL)
     experts = expert_list(problems[0])

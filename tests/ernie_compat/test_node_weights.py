@@ -280,6 +280,9 @@ def test_the_epoch_grows_exactly_when_bytes_change():
         weight.scale_(1.0)
         weight[0, 0] = -0.0  # equal as numbers, and yet another weight
     observe(5)
+    with paddle.no_grad():
+        weight[-1, -1] = weight[-1, -1] + 1.0  # the very last number of the very last weight
+    observe(6)
 
 
 @config_of

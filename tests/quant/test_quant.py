@@ -284,10 +284,10 @@ def test_carriers_decode_to_the_same_scales():
     }
     for layout, scale in carriers.items():
         for said in (None, layout):
-            payload = fp8_payload.activation_payload(data, scale, "x", said)
+            payload = fp8_payload.activation_payload(data, scale, "x", "scales", said)
             assert payload.block == (1, 32) and payload.scale.dtype == paddle.uint8
             np.testing.assert_array_equal(payload.scale.numpy(), raw, err_msg=layout)
-    values = [array(quant.dequantize(fp8_payload.activation_payload(data, s, "x"))) for s in carriers.values()]
+    values = [array(quant.dequantize(fp8_payload.activation_payload(data, s, "x", "scales"))) for s in carriers.values()]
     for other in values[1:]:
         np.testing.assert_array_equal(other, values[0])
 
@@ -295,7 +295,7 @@ def test_carriers_decode_to_the_same_scales():
 def test_fp32_carrier():
     data = from_codes(np.random.default_rng(8).integers(0, 0x7F, (5, 256), dtype=np.uint8))
     scale = np.random.default_rng(9).random((5, 2)).astype(np.float32)
-    payload = fp8_payload.activation_payload(data, tensor(scale), "x")
+    payload = fp8_payload.activation_payload(data, tensor(scale), "x", "scales")
     assert payload.block == (1, 128)
     expected = model.decode(codes_of(data)) * scale.repeat(128, axis=1)
     np.testing.assert_array_equal(array(quant.dequantize(payload)), expected.astype(np.float32))
