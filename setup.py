@@ -16,7 +16,7 @@ def version():
     text = (HERE / "sonicmoe" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
     if found is None:
-        raise RuntimeError("sonicmoe/__init__.py must hold a line of the form __version__ = \"1.2.3\"")
+        raise RuntimeError('sonicmoe/__init__.py must hold a line of the form __version__ = "1.2.3"')
     return found.group(1)
 
 

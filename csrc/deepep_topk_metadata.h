@@ -48,10 +48,14 @@ struct ScaleRows {
   int32_t words;           // 0: no scales
 };
 
+SONICMOE_HD int64_t id_of(const TopkProblem& p, int64_t slot) {
+  return p.wide_indices ? static_cast<const int64_t*>(p.indices)[slot]
+                        : static_cast<int64_t>(static_cast<const int32_t*>(p.indices)[slot]);
+}
+
 // The expert of a slot, or -1 for an id that is not on this rank. An int64 id is compared before it is narrowed.
 SONICMOE_HD int32_t expert_of(const TopkProblem& p, int64_t slot) {
-  int64_t id = p.wide_indices ? static_cast<const int64_t*>(p.indices)[slot]
-                              : static_cast<int64_t>(static_cast<const int32_t*>(p.indices)[slot]);
+  const int64_t id = id_of(p, slot);
   return id >= 0 && id < p.n_experts ? static_cast<int32_t>(id) : -1;
 }
 
@@ -79,16 +83,16 @@ SONICMOE_HD void place_pad(const TopkProblem& p, int32_t pad, int32_t row) {
 enum RowFault : int32_t { kRowGood = 0, kRowTwice = 1, kRowRange = 2 };
 
 SONICMOE_HD RowFault check_row(const TopkProblem& p, int32_t token) {
-  int64_t first = static_cast<int64_t>(token) * p.n_topk;
+  const int64_t first = static_cast<int64_t>(token) * p.n_topk;
+  RowFault fault = kRowGood;
   for (int32_t k = 0; k < p.n_topk; ++k) {
-    int64_t id = p.wide_indices ? static_cast<const int64_t*>(p.indices)[first + k]
-                                : static_cast<int64_t>(static_cast<const int32_t*>(p.indices)[first + k]);
-    if (id < -1) return kRowRange;
-    for (int32_t j = 0; j < k; ++j) {
-      if (id >= 0 && id < p.n_experts && expert_of(p, first + j) == static_cast<int32_t>(id)) return kRowTwice;
+    if (id_of(p, first + k) < -1) return kRowRange;
+    const int32_t expert = expert_of(p, first + k);
+    for (int32_t j = 0; j < k && expert >= 0; ++j) {
+      if (expert_of(p, first + j) == expert) fault = kRowTwice;
     }
   }
-  return kRowGood;
+  return fault;
 }
 
 // ---- Device side, defined in the .cu -------------------------------------------------------------------------------

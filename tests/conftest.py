@@ -26,9 +26,13 @@ def _poisoned_empty(monkeypatch):
         return
 
     def poison(tensor):
-        if tensor.dtype in (paddle.float32, paddle.float64, paddle.float16, paddle.bfloat16):
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(2**30) if tensor.dtype in (paddle.int32, paddle.int64) else tensor
+        dtype = str(tensor.dtype).rsplit(".", 1)[-1]
+        if dtype in ("float32", "float64", "float16", "bfloat16"):
+            # Paddle's fill_ takes no NaN.
+            tensor.set_value(paddle.full(tensor.shape, float("nan"), dtype=dtype))
+        elif dtype in ("int32", "int64"):
+            tensor.set_value(paddle.full(tensor.shape, 2**30, dtype=dtype))
+        return tensor
 
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("sonicmoe.")]
     modules = [paddle] + [module.torch for module in ours if hasattr(module, "torch")]

@@ -150,9 +150,8 @@ def test_lock_time_out_names_the_holder(csrc, cache, slow):
         (found,) = tools.ask(cache, "one", csrc=csrc, path=waiting.path, timeout=0.5)
         message = tools.failure([found], "JitUnavailable")
         (lock,) = cache.glob("locks/one_host-*.lock")
-        assert message.startswith(
-            f"waited 0.5 s for {lock}, held by process {child.pid} on host {socket.gethostname()}"
-        )
+        waited = f"waited 0.5 s for {lock}, held by process {child.pid} on host {socket.gethostname()}"
+        assert message.startswith(waited)
         assert "jit_child.py" in message and message.endswith("end it if it hangs")
         assert 0.4 < found["seconds"] < 5
     finally:

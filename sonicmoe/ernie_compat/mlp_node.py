@@ -1,9 +1,9 @@
 """``SonicMoEMlpNode``: the experts of one layer between a dispatch and a combine, for Paddle.
 
-    node = SonicMoEMlpNode(experts, n_experts=E, hidden_size=H, intermediate_size=I)
-    out = node(x, tokens_per_expert, dispatched_indices, dispatched_probs)
-    out.backward(grad)
-    node.step()        # before optimizer.step(): main_grad is whole only after it
+node = SonicMoEMlpNode(experts, n_experts=E, hidden_size=H, intermediate_size=I)
+out = node(x, tokens_per_expert, dispatched_indices, dispatched_probs)
+out.backward(grad)
+node.step()        # before optimizer.step(): main_grad is whole only after it
 """
 
 import paddle

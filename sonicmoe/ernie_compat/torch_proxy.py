@@ -6,6 +6,7 @@ imported, and no real torch must have reached them.
 """
 
 import sys
+from importlib.util import find_spec
 
 import paddle
 
@@ -50,7 +51,9 @@ def ensure() -> None:
     enable = _enabler()
     if _covers(root):
         return
-    scope = {root, *_COMPANIONS}
+    # Only those that are installed: real torch, where a process uses it beside us, looks for triton while it loads, and
+    # Paddle's finder empties half-loaded torch modules out of sys.modules when asked for a name in its scope.
+    scope = {root, *(name for name in _COMPANIONS if find_spec(name) is not None)}
     try:
         enable(scope=scope, silent=True)
     except TypeError:  # versions without ``silent`` warn when a scope grows, and do the same

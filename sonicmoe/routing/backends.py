@@ -1,7 +1,7 @@
 """Which implementation makes routing metadata. All give the same arrays, bit for bit.
 
-    host    C++, on the CPU                    cuda    CUDA, two launches
-    naive   framework ops, anywhere            triton  where a GPU's machine has no compiler
+host    C++, on the CPU                    cuda    CUDA, two launches
+naive   framework ops, anywhere            triton  where a GPU's machine has no compiler
 """
 
 import warnings

@@ -11,6 +11,10 @@ from typing import Any
 from ..config import SonicMoEConfig
 from . import backends
 
+# csrc/deepep_topk_metadata.h has the same two: what one backend cannot do, none does.
+MAX_EXPERTS = 1024
+MAX_TOPK = 32
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -46,8 +50,15 @@ def build(
     have are an error: here on the CPU, on a GPU a message and a stopped device. ``scales`` [T, words] of 4-byte words
     come back in sorted order.
     """
-    if int(indices.shape[0]) * int(indices.shape[1]) >= 2**31:
-        raise ValueError(f"dispatched_indices: got shape {list(indices.shape)}, need under 2**31 slots")
+    n_tokens, n_topk = int(indices.shape[0]), int(indices.shape[1])
+    if n_tokens * n_topk >= 2**31 or n_topk > MAX_TOPK:
+        raise ValueError(
+            f"dispatched_indices: got shape {[n_tokens, n_topk]}, need at most {MAX_TOPK} columns and under 2**31 slots"
+        )
+    if not 1 <= n_experts <= MAX_EXPERTS:
+        raise ValueError(f"n_experts: got {n_experts}, need 1 to {MAX_EXPERTS}")
+    if block < 1:
+        raise ValueError(f"block: got {block}, need at least 1")
     backend, arrays = backends.build(indices, probs, n_experts, block, config, counts, scales)
     found = arrays.pop("counts")
     if counts is not None and found is not None and found != counts:
@@ -58,8 +69,8 @@ def build(
         )
     return Routing(
         **arrays,
-        n_tokens=int(indices.shape[0]),
-        n_topk=int(indices.shape[1]),
+        n_tokens=n_tokens,
+        n_topk=n_topk,
         n_experts=n_experts,
         n_slots=int(arrays["score_src_idx"].shape[0]),
         n_rows=int(arrays["x_gather_idx"].shape[0]),

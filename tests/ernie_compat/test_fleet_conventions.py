@@ -348,9 +348,7 @@ def test_fleet_and_node_are_one_function():
 
 
 def foreign(**attributes):
-    return types.SimpleNamespace(
-        **{"fuse_y1_quant": True, "fuse_y1_bf16_trunc": False, "enabled": None, **attributes}
-    )
+    return types.SimpleNamespace(**{"fuse_y1_quant": True, "fuse_y1_bf16_trunc": False, "enabled": None, **attributes})
 
 
 SETTINGS = {

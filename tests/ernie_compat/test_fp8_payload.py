@@ -385,7 +385,48 @@ def test_a_handle_that_nobody_filled_is_an_error():
         node = make_node(problem, experts)
         x, probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32", grad=True)
         out = node(x, problem.counts, tensor(problem.indices, "int32"), probs, fp8_combine_grad_handle={})
-        with pytest.raises(Exception, match="fp8_combine_grad_handle: got keys .. at backward, need .data. and .scale."):
+        with pytest.raises(
+            Exception, match="fp8_combine_grad_handle: got keys .. at backward, need .data. and .scale."
+        ):
             send(out).backward()
         assert not node.has_pending_grads
 
+
+@pytest.mark.parametrize("entry", ["node", "fleet"])
+def test_an_fp8_gradient_where_no_handle_was_promised_is_an_error(entry):
+    """Codes without scales, and nobody said that scales would come."""
+    problem = make()
+    x, probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32", grad=True)
+    indices = tensor(problem.indices, "int32")
+    if entry == "node":
+        out = make_node(problem)(x, problem.counts, indices, probs)
+    else:
+        out = run_sonic_moe(x, indices, probs, 2, 3, *native_parameters(problem))
+    sent = Combine.apply(out, {}, payload(problem.dout, "fp32_1x128"), "e4m3")
+    with pytest.raises(Exception, match="gradient of the expert output: got float8_e4m3fn without scales"):
+        sent.backward()
+    assert x.grad is None
+
+
+def test_a_wider_gradient_is_rounded_to_the_outputs_type():
+    """What Paddle itself does for every operator, and so what a loss in fp32 relies on."""
+
+    class SendsFp32(PyLayer):
+        @staticmethod
+        def forward(ctx, out, gradient):
+            ctx.gradient = gradient
+            return out.astype("float32").sum()
+
+        @staticmethod
+        def backward(ctx, dout):
+            return ctx.gradient
+
+    problem = make()
+    expected, _ = run(problem, BF16, tensor(problem.x, grad=True))
+    experts = expert_list(problem)
+    node = make_node(problem, experts)
+    x, probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32", grad=True)
+    out = node(x, problem.counts, tensor(problem.indices, "int32"), probs)
+    SendsFp32.apply(out, tensor(problem.dout, "float32") * (1 + 2.0**-12)).backward()
+    node.step()
+    assert_same_bits({"out": out, "ds": probs.grad, **weight_grads(experts), "dx": x.grad}, expected)

@@ -144,7 +144,9 @@ def test_inputs_and_experts_without_gradient_keep_nothing_either(monkeypatch):
     assert kept == [None] and out.stop_gradient
 
 
-@pytest.mark.parametrize("config", [BF16, FP8, pytest.param(SM100, marks=pytest.mark.slow)], ids=["bf16", "fp8", "sm100"])
+@pytest.mark.parametrize(
+    "config", [BF16, FP8, pytest.param(SM100, marks=pytest.mark.slow)], ids=["bf16", "fp8", "sm100"]
+)
 def test_two_hundred_steps_take_no_memory(config):
     """Forward, backward, step, forward without backward, warm-up, one error: to the byte what it was after three."""
     problem = make_problem(n_tokens=6, n_experts=2)

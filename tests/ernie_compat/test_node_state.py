@@ -281,13 +281,13 @@ def test_two_threads_on_one_node(config):
             param.main_grad = None
 
 
-def test_two_threads_make_the_first_gradient_of_a_node():
-    """The buffers are allocated by whichever backward comes first, and the other must add to the same ones."""
-    problems = series(2, **SMALL)
+def test_two_threads_add_to_one_buffer():
+    """One token and a large weight: nearly all of backward is the addition, where the two must not meet."""
+    problems = series(2, n_tokens=1, n_experts=1, topk=1, hidden=512, intermediate=1024)
     experts = expert_list(problems[0])
     _, expected_grads = sequential(experts, problems, BF16)
-    for _ in range(15):
-        node = make_node(problems[0], experts)
+    node = make_node(problems[0], experts)
+    for _ in range(12):
         flights = [Flight(node, problem) for problem in problems]
         together(*(flight.land for flight in flights))
         node.step()

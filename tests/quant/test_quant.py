@@ -287,7 +287,9 @@ def test_carriers_decode_to_the_same_scales():
             payload = fp8_payload.activation_payload(data, scale, "x", "scales", said)
             assert payload.block == (1, 32) and payload.scale.dtype == paddle.uint8
             np.testing.assert_array_equal(payload.scale.numpy(), raw, err_msg=layout)
-    values = [array(quant.dequantize(fp8_payload.activation_payload(data, s, "x", "scales"))) for s in carriers.values()]
+    values = [
+        array(quant.dequantize(fp8_payload.activation_payload(data, s, "x", "scales"))) for s in carriers.values()
+    ]
     for other in values[1:]:
         np.testing.assert_array_equal(other, values[0])
 

@@ -140,9 +140,8 @@ def test_strided_inputs(build, backend):
 
 
 @pytest.mark.parametrize("backend", ["naive", "host"])
-def test_float_scales_travel_as_they_are(build, backend, monkeypatch):
+def test_float_scales_travel_as_they_are(build, backend):
     """Any bits: infinities, subnormals, and NaNs with something in them."""
-    monkeypatch.undo()  # Paddle's fill_, by which the shared set-up poisons, refuses to write a NaN
     rng = np.random.default_rng(6)
     indices, probs, _ = draw(rng, 40, 4, 8, np.int32, holes)
     words = rng.integers(-(2**31), 2**31, (40, 3)).astype(np.int32)
@@ -329,18 +328,17 @@ def test_triton_by_name_without_triton(cache_dir):
 
 @pytest.mark.parametrize(
     "n_experts, n_topk, block, need",
-    [(1025, 2, 1, "E: need 1 to 1024"), (4, 33, 1, "K: need at most 32"), (0, 2, 1, "E: need 1"), (4, 2, 0, "block")],
+    [
+        (1025, 2, 1, "n_experts: got 1025, need 1 to 1024"),
+        (0, 2, 1, "n_experts: got 0, need 1 to 1024"),
+        (4, 33, 1, "need at most 32 columns"),
+        (4, 2, 0, "block: got 0, need at least 1"),
+    ],
 )
-@pytest.mark.parametrize("backend", ["host", "auto"])
-def test_limits_of_the_compiled_backends(build, backend, n_experts, n_topk, block, need):
-    with pytest.raises(ValueError, match=need) as error:
+@pytest.mark.parametrize("backend", ["naive", "host", "auto"])
+def test_limits_are_the_same_on_every_backend(build, backend, n_experts, n_topk, block, need):
+    with pytest.raises(ValueError, match=need):
         build(backend, np.zeros((3, n_topk), np.int64), n_experts=n_experts, block=block)
-    assert f"got T=3, K={n_topk}, E={n_experts}, block={block}" in str(error.value)
-
-
-def test_naive_has_no_such_limits(build):
-    assert build("naive", np.array([[1024, 0]]), n_experts=1025).n_slots == 2
-    assert build("naive", np.arange(40).reshape(1, 40), n_experts=40).n_slots == 40
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

@@ -29,9 +29,7 @@ def tensor(values, dtype="bfloat16", grad=False):
 def parameter(values, dtype="bfloat16"):
     """A real parameter: optimizers, hooks and state dicts treat it as such."""
     values = np.asarray(values, dtype=np.float32)
-    made = paddle.create_parameter(
-        list(values.shape), dtype, default_initializer=paddle.nn.initializer.Constant(0.0)
-    )
+    made = paddle.create_parameter(list(values.shape), dtype, default_initializer=paddle.nn.initializer.Constant(0.0))
     made.set_value(paddle.to_tensor(values).astype(dtype))
     return made
 

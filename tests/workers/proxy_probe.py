@@ -1,6 +1,6 @@
 """Does the steps named on its command line in order, then prints as JSON what `torch` means to whom.
 
-    proxy_probe.py '["user torch", "enable global", "import ernie_compat", "run node"]'
+proxy_probe.py '["user torch", "enable global", "import ernie_compat", "run node"]'
 """
 
 import importlib
