@@ -203,8 +203,8 @@ def rows(count=12):
 
 
 HANDLES = {
-    "data alone": (lambda: {"data": rows()[0]}, r"got keys \['data'\], need 'data' and 'scale'"),
-    "scale alone": (lambda: {"scale": rows()[1]}, r"got keys \['scale'\], need 'data' and 'scale'"),
+    "data alone": (lambda: {"data": rows()[0]}, r"got keys \['data'\].*, need 'data' and 'scale'"),
+    "scale alone": (lambda: {"scale": rows()[1]}, r"got keys \['scale'\].*, need 'data' and 'scale'"),
     "data none": (lambda: {"data": None, "scale": rows()[1]}, "need 'data' and 'scale'"),
     "data bf16": (lambda: {"data": tensor(PROBLEM.x), "scale": rows()[1]}, "got dtype bfloat16, need float8_e4m3fn"),
     "data list": (lambda: {"data": [1.0], "scale": rows()[1]}, "got list, need a tensor"),

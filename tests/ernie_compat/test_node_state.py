@@ -203,6 +203,24 @@ def test_a_second_backward_under_stagewise_memory_says_why(monkeypatch):
     assert_same_bits({"dx": x.grad}, {"dx": fresh_results(expert_list(problem), problem)["dx"]})
 
 
+@pytest.mark.parametrize("change", ["add_", "setitem"])
+def test_x_changed_in_place_before_its_backward_is_an_error(change):
+    """As with any operator that keeps its input: Paddle's own refuse, and a wrong dW would say nothing."""
+    problem = make_problem(**SMALL)
+    experts = expert_list(problem, "float32")
+    node = make_node(problem, experts)
+    x = tensor(problem.x, "float32", grad=True) * 1.0
+    probs, indices = tensor(problem.probs, "float32"), tensor(problem.indices, "int32")
+    out = node(x, problem.counts, indices, probs)
+    if change == "add_":
+        x.add_(paddle.ones_like(x))
+    else:
+        x[3] = 0.0
+    with pytest.raises(Exception, match=r"x: .*in place"):
+        out.backward(tensor(problem.dout, "float32"))
+    assert not node.has_pending_grads
+
+
 # ---- Layers and threads ----------------------------------------------------------------------------------------------
 
 
