@@ -46,7 +46,7 @@ def reference(z, kind, clamp):
 
 
 def absolute(kind) -> float:
-    """silu, relu and their like are held to relative digits alone. gelu's tail is 1 + tanh of float32, which cancels."""
+    """silu, relu and their like are held to relative digits. gelu's tail is 1 + tanh of float32, which cancels."""
     return 3e-6 if kind in (ActivationType.GELU, ActivationType.GEGLU) else 1e-30
 
 

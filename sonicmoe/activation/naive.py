@@ -23,15 +23,17 @@ def _relu_slope(x):
     return (x > 0).to(torch.float32)
 
 
-def _gelu_tanh(x):
-    return torch.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
+def _gelu_gate(x):
+    # (1 + tanh(u)) / 2, as the sigmoid of 2u: the sum would cancel in the left tail.
+    return torch.sigmoid(2.0 * _GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
 
 
 def _gelu_slope(x):
-    tanh = _gelu_tanh(x)
-    inner = _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * x * x)
-    # 1 - tanh^2 underflows to 0 where the tanh saturates; x * inner then must not turn 0 * inf into NaN.
-    return 0.5 * (1.0 + tanh) + 0.5 * x * torch.where(tanh.abs() < 1.0, (1.0 - tanh * tanh) * inner, tanh * 0.0)
+    gate = _gelu_gate(x)
+    steep = gate * (1.0 - gate)
+    inner = 2.0 * _GELU_SCALE * (1.0 + 3.0 * _GELU_CUBIC * x * x)
+    # Where the gate saturates, ``steep`` is 0 and ``inner`` may be inf: their product is 0, not NaN.
+    return gate + x * torch.where(steep > 0.0, steep * inner, steep * 0.0)
 
 
 def _silu_slope(x):
@@ -42,7 +44,7 @@ def _silu_slope(x):
 # kind -> (f, f'); each GLU kind is named by the function on its gate.
 _CURVES = {
     ActivationType.SILU: (lambda x: x * torch.sigmoid(x), _silu_slope),
-    ActivationType.GELU: (lambda x: 0.5 * x * (1.0 + _gelu_tanh(x)), _gelu_slope),
+    ActivationType.GELU: (lambda x: x * _gelu_gate(x), _gelu_slope),
     ActivationType.RELU: (_relu, _relu_slope),
     ActivationType.RELU_SQ: (lambda x: _relu(x) * _relu(x), lambda x: 2.0 * _relu(x)),
 }

@@ -34,6 +34,7 @@ class ExpertCall:
     on_wgrad: Callable  # (PendingWgrad, experts1, experts2) -> None
     combine_grad_handle: dict | None = None
     saved: Any = field(default=None, init=False)
+    x_version: int = field(default=0, init=False)
 
     @property
     def need_wgrad(self) -> bool:
@@ -50,14 +51,21 @@ class _ExpertMlp(PyLayer):
     @staticmethod
     def forward(ctx, x, probs, anchor, call: ExpertCall):
         ctx.call = call
+        call.x_version = _version(call.x)
+        # Else Paddle casts an FP8 gradient to the type of out before anybody can see that it came without scales.
+        ctx.set_grad_in_dtype_consistent(False)
         out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         call = ctx.call
+        if _version(call.x) != call.x_version:
+            raise RuntimeError("x: changed in place after forward, but backward needs it as it was; clone it first")
         n_rows, hidden = checks.shape_of(dout)
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
+        if not isinstance(grad, QuantTensor) and checks.dtype_name(grad) != call.plan.storage:
+            grad = grad.astype(call.plan.storage)
         with paddle.no_grad():
             grads = expert_mlp.backward(
                 call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
@@ -106,6 +114,11 @@ def require_gradient_carrier(name: str, x) -> None:
             f"tensors to e4m3 without a scale; pass a bf16 [T, H] tensor as {name} to carry the gradient, and the FP8 "
             "data beside it"
         )
+
+
+def _version(x) -> int:
+    """Paddle's count of the in-place changes of x."""
+    return (x.data if isinstance(x, QuantTensor) else x).inplace_version
 
 
 def run(x_on_tape, probs, call: ExpertCall):

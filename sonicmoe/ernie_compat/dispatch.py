@@ -58,8 +58,8 @@ def check_handle(handle) -> None:
         raise TypeError(f"fp8_combine_grad_handle: got {type(handle).__name__}, need a dict or None")
 
 
-def route(indices, probs, counts: list[int] | None, n_experts: int, plan: Plan, config: SonicMoEConfig):
-    """Routing metadata for one call."""
+def route(indices, probs, counts, n_experts: int, plan: Plan, config: SonicMoEConfig, index_name: str):
+    """Routing metadata for one call; ``index_name`` is what its caller calls the indices."""
     if plan.recipe is not None and config.fp8_assume_aligned and counts is not None:
         for expert, count in enumerate(counts):
             if count % plan.row_block:
@@ -67,7 +67,9 @@ def route(indices, probs, counts: list[int] | None, n_experts: int, plan: Plan, 
                     f"tokens_per_expert: got {count} for expert {expert} under SONIC_MOE_FP8_ASSUME_ALIGNED=1, need a "
                     f"multiple of {plan.row_block}"
                 )
-    return metadata.build(indices.detach(), probs.detach(), n_experts, plan.row_block, config, counts)
+    return metadata.build(
+        indices.detach(), probs.detach(), n_experts, plan.row_block, config, counts, index_name=index_name
+    )
 
 
 def place_type(tensor) -> str:

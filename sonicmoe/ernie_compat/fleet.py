@@ -50,6 +50,7 @@ def run_sonic_moe(
 
     ``hidden_states_fp8`` with ``fp8_scale``: the FP8 dispatch, where ``hidden_states`` is bf16 and only carries the
     gradient.
+    Without FP8 the weights are read where they are, not copied: change them only when no backward is outstanding.
     ``tokens_per_expert`` None counts the indices. ``release_fp8_weights`` drops ``.fp8`` and ``.transposed_fp8`` of
     both weights once this call's backward has run (at once if it has none).
     """
@@ -67,6 +68,11 @@ def run_sonic_moe(
     )
     if checks.shape_of(topk_indices)[1] != topk:
         raise ValueError(f"K: got {topk}, but topk_indices has {checks.shape_of(topk_indices)[1]} columns")
+    for name, weight in (("w1", w1), ("w2", w2)):
+        checks.require_tensor(name, weight)
+        checks.require_dtype(name, weight, checks.FLOAT_DTYPES if name == "w1" else (checks.dtype_name(w1),))
+        if not is_emptied(weight):  # a tensor without storage has no place either
+            checks.require_same_place(name, weight, "hidden_states", hidden_states)
     intermediate = _check_weights(w1, w2, n_experts, hidden, kind)
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
     dispatch.check_handle(fp8_combine_grad_handle)
@@ -74,11 +80,11 @@ def run_sonic_moe(
     x = dispatch.engine_input(names, hidden_states, hidden_states_fp8, fp8_scale)
     storage = storage_of(x)
     checks.require_layer_sizes(hidden, intermediate, storage, config.use_fp8)
-    plan = make_plan(config, kind, storage=storage, device=dispatch.place_type(hidden_states))
+    plan = make_plan(config, kind, storage=storage, device=dispatch.place_type(hidden_states), x_name="hidden_states")
     _check_main_grads(w1, w2)
     with paddle.no_grad():
         weights = _weights(w1, w2, hidden, intermediate, plan)
-        routing = dispatch.route(topk_indices, topk_scores, counts, n_experts, plan, config)
+        routing = dispatch.route(topk_indices, topk_scores, counts, n_experts, plan, config, "topk_indices")
     train1, train2 = (not w1.stop_gradient,) * n_experts, (not w2.stop_gradient,) * n_experts
 
     def on_wgrad(wgrad, experts1, experts2):
@@ -108,9 +114,7 @@ def run_sonic_moe(
 def _check_weights(w1, w2, n_experts: int, hidden: int, kind: ActivationType) -> int:
     """I, read off both shapes together: either weight alone could be in either layout."""
     for name, weight in (("w1", w1), ("w2", w2)):
-        checks.require_tensor(name, weight)
         checks.require_rank(name, weight, 3, "in native layout")
-        checks.require_dtype(name, weight, checks.FLOAT_DTYPES)
     given = [list(checks.shape_of(w)) for w in (w1, w2)]
     intermediate = given[1][2]
     width = intermediate * (2 if is_glu(kind) else 1)

@@ -1,6 +1,6 @@
 """PaddleFleet's FP8 settings, as its MoE layer fills them in, and what they mean here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..config import SonicMoEConfig
 
@@ -32,6 +32,12 @@ def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:
     config = SonicMoEConfig.current().replace(use_fp8=bool(fp8))
     if fp8_config is None:
         return config
+    known = [field.name for field in fields(FleetFP8Config)]
+    if not any(hasattr(fp8_config, name) for name in known):
+        raise TypeError(
+            f"fp8_config: got {type(fp8_config).__name__}, need None, a SonicMoEConfig or an object with some of the "
+            f"attributes {known}"
+        )
     for name, fixed in _FIXED.items():
         if bool(getattr(fp8_config, name, fixed)) != fixed:
             given = getattr(fp8_config, name)
@@ -46,5 +52,5 @@ def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:
             changes[ours] = bool(value)
     clamp = getattr(fp8_config, "swiglu_clamp_value", None)
     if clamp:  # PaddleFleet writes 0.0 for "no clamp"
-        changes["swiglu_clamp"] = float(clamp)
+        changes["swiglu_clamp"] = clamp
     return config.replace(**changes)

@@ -115,6 +115,8 @@ def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...]) ->
             "(data, scale), as quantize_native_fp8_weights returns"
         )
     data, scale = pair
+    for number, part in enumerate(pair):
+        checks.require_tensor(f"{name}.{attribute}[{number}]", part)
     checks.require_dtype(f"{name}.{attribute}[0]", data, (checks.FP8_DTYPE,))
     checks.require_shape(f"{name}.{attribute}[0]", data, shape, "native layout")
     checks.require_dtype(f"{name}.{attribute}[1]", scale, ("float32", "uint8"))

@@ -102,7 +102,9 @@ class SonicMoEMlpNode:
         )
         plan = self._plan(storage_of(engine_x), config)
         with paddle.no_grad():
-            routing = dispatch.route(dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config)
+            routing = dispatch.route(
+                dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config, "dispatched_indices"
+            )
             weights = self._store.current(plan)
         experts1, experts2 = self._store.trainable()
         call = ExpertCall(

@@ -43,7 +43,7 @@ class Plan:
         return f"{self.device}/{self.backend}/{kind}"
 
 
-def make_plan(config, activation, *, storage: str, device: str) -> Plan:
+def make_plan(config, activation, *, storage: str, device: str, x_name: str = "x") -> Plan:
     """Read the configuration once. ``device`` is the place's type: ``cpu``, or an accelerator's name."""
     kind = ActivationType.parse(activation)
     if config.swiglu_clamp is not None and kind is not ActivationType.SWIGLU:
@@ -51,7 +51,7 @@ def make_plan(config, activation, *, storage: str, device: str) -> Plan:
     recipe = None
     if config.use_fp8:
         if storage == "float32":
-            raise TypeError("x: got dtype float32 under FP8, need bfloat16 or float16")
+            raise TypeError(f"{x_name}: got dtype float32 under FP8, need bfloat16 or float16")
         name = "sm90" if config.fp8_recipe == "auto" else config.fp8_recipe
         recipe = make_recipe(name, iso32=config.fp8_iso32_weight, pow2=config.fp8_pow2_scale)
     if device != "cpu" and config.backend != "naive":

@@ -43,13 +43,15 @@ def _say_once(line: str) -> None:
         warnings.warn(line, stacklevel=3)
 
 
-def build(indices, probs, n_experts: int, block: int, config, counts, scales) -> tuple[str, dict]:
+def build(indices, probs, n_experts: int, block: int, config, counts, scales, index_name) -> tuple[str, dict]:
     """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
     backend chosen by name runs or raises."""
     on_cpu = checks.is_cpu(indices)
     if config.validate_dispatch:
-        _check_rows(indices, n_experts, config)
+        _check_rows(indices, n_experts, config, index_name)
     chosen = config.metadata_backend
+    if chosen == "auto" and config.backend == "naive" and not on_cpu:
+        chosen = "naive"  # asked for ordinary operators, on a device that need not be CUDA
     if chosen != "auto":
         if (chosen == "host") != on_cpu and chosen not in ("naive", "triton"):
             raise ValueError(f"metadata_backend: got {chosen!r} for indices on {checks.place_name(indices)}")
@@ -63,7 +65,7 @@ def build(indices, probs, n_experts: int, block: int, config, counts, scales) ->
     return last, _BUILDERS[last](indices, probs, n_experts, block, counts, config.cache_dir, scales)
 
 
-def _check_rows(indices, n_experts: int, config) -> None:
+def _check_rows(indices, n_experts: int, config, index_name) -> None:
     """SONIC_MOE_VALIDATE_DISPATCH: the dispatcher's promise, row by row. Waits for the device."""
     found = None
     if config.metadata_backend in ("naive", "triton"):
@@ -75,4 +77,4 @@ def _check_rows(indices, n_experts: int, config) -> None:
             found = naive.check_rows(indices, n_experts)
     if found is not None:
         row, fault = found
-        raise ValueError(f"dispatched_indices: row {row} is {indices[row].tolist()}, which {_FAULTS[fault]}")
+        raise ValueError(f"{index_name}: row {row} is {indices[row].tolist()}, which {_FAULTS[fault]}")

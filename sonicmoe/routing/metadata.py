@@ -42,7 +42,14 @@ class Routing:
 
 
 def build(
-    indices, probs, n_experts: int, block: int, config: SonicMoEConfig, counts: list[int] | None = None, scales=None
+    indices,
+    probs,
+    n_experts: int,
+    block: int,
+    config: SonicMoEConfig,
+    counts: list[int] | None = None,
+    scales=None,
+    index_name: str = "dispatched_indices",
 ) -> Routing:
     """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
 
@@ -53,18 +60,18 @@ def build(
     n_tokens, n_topk = int(indices.shape[0]), int(indices.shape[1])
     if n_tokens * n_topk >= 2**31 or n_topk > MAX_TOPK:
         raise ValueError(
-            f"dispatched_indices: got shape {[n_tokens, n_topk]}, need at most {MAX_TOPK} columns and under 2**31 slots"
+            f"{index_name}: got shape {[n_tokens, n_topk]}, need at most {MAX_TOPK} columns and under 2**31 slots"
         )
     if not 1 <= n_experts <= MAX_EXPERTS:
         raise ValueError(f"n_experts: got {n_experts}, need 1 to {MAX_EXPERTS}")
     if block < 1:
         raise ValueError(f"block: got {block}, need at least 1")
-    backend, arrays = backends.build(indices, probs, n_experts, block, config, counts, scales)
+    backend, arrays = backends.build(indices, probs, n_experts, block, config, counts, scales, index_name)
     found = arrays.pop("counts")
     if counts is not None and found is not None and found != counts:
         expert = next(e for e in range(n_experts) if found[e] != counts[e])
         raise ValueError(
-            f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but dispatched_indices "
+            f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but {index_name} "
             f"hold {found[expert]} slots for it (sum {sum(found)})"
         )
     return Routing(
