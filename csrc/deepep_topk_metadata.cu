@@ -40,14 +40,32 @@ struct Scratch {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
+__device__ __forceinline__ int warp_sum(int value) {
+  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+__device__ __forceinline__ int inclusive_in_warp(int value) {
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int from_below = __shfl_up_sync(kAllLanes, value, step);
+    if (lane_id() >= step) value += from_below;
+  }
+  return value;
+}
+
+// Odd, so that a warp reading one expert's counts of all warps meets 32 banks.
+__host__ __device__ inline int rank_stride(int experts) { return experts | 1; }
+
 template <int kPerThread>
 __global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, int32_t* workspace) {
-  // [kWarps][E] slots of each expert by warp, then those of the warps before.
+  // [kWarps][stride] slots of each expert by warp, then those of the warps before.
   extern __shared__ int32_t shared[];
   __shared__ int32_t valid_of_warp[kWarps];
   const int experts = p.n_experts, lane = lane_id(), warp = threadIdx.x / 32;
   const Scratch to(workspace, experts, c.tiles);
-  for (int i = threadIdx.x; i < kWarps * experts; i += kThreads) shared[i] = 0;
+  const int stride = rank_stride(experts);
+  for (int i = threadIdx.x; i < kWarps * stride; i += kThreads) shared[i] = 0;
 
   // A warp owns a contiguous part of the tile, so ranks within it grow with the slot.
   const int64_t slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
@@ -59,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, 
   __syncthreads();
 
   const unsigned below = (1u << lane) - 1;
-  int32_t* mine = shared + warp * experts;
+  int32_t* mine = shared + warp * stride;
   int valid = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -74,18 +92,14 @@ __global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, 
   }
   if (lane == 0) valid_of_warp[warp] = valid;
   __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += kThreads) {
-    int32_t sum = 0;
-#pragma unroll 8
-    for (int w = 0; w < kWarps; ++w) {
-      const int n = shared[w * experts + e];
-      shared[w * experts + e] = sum;
-      sum += n;
-    }
-    to.tile_count[static_cast<int64_t>(e) * c.tiles + blockIdx.x] = sum;
+  // An expert for each warp in turn, a lane for each warp's count.
+  for (int e = warp; e < experts; e += kWarps) {
+    int32_t* count = shared + lane * stride + e;
+    const int own = *count, upto = inclusive_in_warp(own);
+    *count = upto - own;
+    if (lane == 31) to.tile_count[static_cast<int64_t>(e) * c.tiles + blockIdx.x] = upto;
   }
-  int valid_before = 0;
-  for (int w = 0; w < warp; ++w) valid_before += valid_of_warp[w];
+  const int valid_before = warp_sum(lane < warp ? valid_of_warp[lane] : 0);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -95,24 +109,10 @@ __global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, 
   }
 }
 
-__device__ __forceinline__ int warp_sum(int value) {
-  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
 // Four sums carried through one pass.
 struct Sums {
   int rows, slots, before, mine;
 };
-
-__device__ __forceinline__ int inclusive_in_warp(int value) {
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1) {
-    const int from_below = __shfl_up_sync(kAllLanes, value, step);
-    if (lane_id() >= step) value += from_below;
-  }
-  return value;
-}
 
 // Exclusive sums over the block's threads in `value`, and the sums of all as the result. `of_warp` holds kWarps.
 __device__ Sums block_exclusive_sums(Sums& value, Sums* of_warp) {
@@ -279,7 +279,7 @@ void allow_shared(Kernel kernel, size_t bytes) {
 
 template <int kPerThread>
 void launch_both(const TopkProblem& p, const Cut& c, int32_t* workspace, const ScaleRows& scales, cudaStream_t stream) {
-  const size_t bytes = sizeof(int32_t) * kWarps * p.n_experts;
+  const size_t bytes = sizeof(int32_t) * kWarps * rank_stride(p.n_experts);
   allow_shared(rank_tiles<kPerThread>, bytes);
   rank_tiles<kPerThread><<<c.tiles, kThreads, bytes, stream>>>(p, c, workspace);
 

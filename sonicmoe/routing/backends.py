@@ -43,7 +43,9 @@ def _say_once(line: str) -> None:
         warnings.warn(line, stacklevel=3)
 
 
-def build(indices, probs, n_experts: int, block: int, config, counts, scales, index_name) -> tuple[str, dict]:
+def build(
+    indices, probs, n_experts: int, block: int, config, counts=None, scales=None, index_name="dispatched_indices"
+) -> tuple[str, dict]:
     """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
     backend chosen by name runs or raises."""
     on_cpu = checks.is_cpu(indices)
