@@ -58,10 +58,11 @@ def source_folder() -> Path:
 
 
 def _run(command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess:
-    # In English on every machine: the compiler's version is in the key, and its errors are searched for words.
-    env = {**os.environ, "LC_ALL": "C"}
+    # In English on every machine: the compiler's version is in the key, and its errors are searched for words. Through
+    # env, because nothing but config.py looks at the environment.
+    english = ["env", "LC_ALL=C", *command]
     return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env=env, timeout=timeout
+        english, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=timeout
     )
 
 
