@@ -34,7 +34,13 @@ class GradAccumulator:
         self._store = store
         self._lock = threading.Lock()
         self._dw1 = self._dw2 = None
-        n = store.n_experts
+        self._reset()
+
+    def _reset(self) -> None:
+        for buffer in (self._dw1, self._dw2):
+            if buffer is not None:
+                buffer.zero_()
+        n = self._store.n_experts
         self._touched1, self._touched2 = [False] * n, [False] * n
 
     @property
@@ -73,11 +79,7 @@ class GradAccumulator:
                 grouped2 = fused_transpose_w2_layout(self._dw2)
             self._add(self._store.params1(), grouped1, self._touched1)
             self._add(self._store.params2(), grouped2, self._touched2)
-            for buffer in (self._dw1, self._dw2):
-                if buffer is not None:
-                    buffer.zero_()
-            n = self._store.n_experts
-            self._touched1, self._touched2 = [False] * n, [False] * n
+            self._reset()
 
     def _add(self, params, grouped, touched) -> None:
         if grouped is None:
@@ -93,8 +95,4 @@ class GradAccumulator:
     def discard(self) -> None:
         """Forget what was accumulated, as after a skipped step."""
         with self._lock:
-            for buffer in (self._dw1, self._dw2):
-                if buffer is not None:
-                    buffer.zero_()
-            n = self._store.n_experts
-            self._touched1, self._touched2 = [False] * n, [False] * n
+            self._reset()

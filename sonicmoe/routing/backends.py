@@ -49,11 +49,11 @@ def build(
     """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
     backend chosen by name runs or raises."""
     on_cpu = checks.is_cpu(indices)
-    if config.validate_dispatch:
-        _check_rows(indices, n_experts, config, index_name)
     chosen = config.metadata_backend
     if chosen == "auto" and config.backend == "naive" and not on_cpu:
         chosen = "naive"  # asked for ordinary operators, on a device that need not be CUDA
+    if config.validate_dispatch:
+        _check_rows(indices, n_experts, chosen, config.cache_dir, index_name)
     if chosen != "auto":
         if (chosen == "host") != on_cpu and chosen not in ("naive", "triton"):
             raise ValueError(f"metadata_backend: got {chosen!r} for indices on {checks.place_name(indices)}")
@@ -67,16 +67,13 @@ def build(
     return last, _BUILDERS[last](indices, probs, n_experts, block, counts, config.cache_dir, scales)
 
 
-def _check_rows(indices, n_experts: int, config, index_name) -> None:
+def _check_rows(indices, n_experts: int, backend: str, cache_dir, index_name) -> None:
     """SONIC_MOE_VALIDATE_DISPATCH: the dispatcher's promise, row by row. Waits for the device."""
-    found = None
-    if config.metadata_backend in ("naive", "triton"):
+    compiled = backend not in ("naive", "triton")
+    try:
+        found = native.check_rows(indices, n_experts, cache_dir) if compiled else naive.check_rows(indices, n_experts)
+    except JitUnavailable:
         found = naive.check_rows(indices, n_experts)
-    else:
-        try:
-            found = native.check_rows(indices, n_experts, config.cache_dir)
-        except JitUnavailable:
-            found = naive.check_rows(indices, n_experts)
     if found is not None:
         row, fault = found
         raise ValueError(f"{index_name}: row {row} is {indices[row].tolist()}, which {_FAULTS[fault]}")

@@ -29,13 +29,7 @@ def _module(target: str | None, cache_dir):
 def _inputs(module, indices, probs, n_experts: int, block: int):
     n_tokens, n_topk = indices.shape
     wide = indices.dtype == torch.int64
-    try:
-        return module.Inputs(address(indices), wide, address(probs), n_tokens, n_topk, n_experts, block)
-    except ValueError as limit:
-        raise ValueError(
-            f"routing metadata: got T={n_tokens}, K={n_topk}, E={n_experts}, block={block}; {limit}. "
-            "metadata_backend='naive' has no such limit"
-        ) from None
+    return module.Inputs(address(indices), wide, address(probs), n_tokens, n_topk, n_experts, block)
 
 
 def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, scales=None) -> dict:
