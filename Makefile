@@ -1,10 +1,11 @@
-# Each target sets up what it needs in .venv first, and reuses it the next time.
-.PHONY: help demo test test-fast lint hooks
+# Each target but test-gpu sets up what it needs in .venv first, and reuses it the next time.
+.PHONY: help demo test test-fast test-gpu lint hooks
 
 help:
 	@echo "make demo       train a small MoE language model, BF16 beside FP8 (options: make demo ARGS=--help)"
 	@echo "make test       the whole suite"
 	@echo "make test-fast  lint and the quick tests"
+	@echo "make test-gpu   what only a GPU shows, in the environment of $${PYTHON:-python3}, which has torch with CUDA"
 	@echo "make lint       ruff and the rules of the house"
 	@echo "make hooks      run the quick suite before each commit"
 
@@ -17,6 +18,9 @@ test:
 
 test-fast:
 	@bash tools/ci/run_core_tests.sh --fast
+
+test-gpu:
+	@bash tools/ci/run_gpu_tests.sh
 
 lint:
 	@bash tools/ci/run_core_tests.sh --phase lint

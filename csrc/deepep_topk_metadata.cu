@@ -1,263 +1,434 @@
-// The CUDA version: two launches. In the first each block ranks the slots of its tile by expert and counts them; in the
-// second each block sums the counts of the tiles before it, and every slot knows its place. Ranks come from ballots,
-// never from atomics that race for a place, so the arrays are the same bits each time.
+// The CUDA version: one cooperative launch. Slots are cut into runs, one for each block, and runs into tiles. A block
+// counts its run's slots by expert and publishes that; while others do so too, it ranks its first tile and puts it into
+// its order by expert, which needs nobody's counts. Once all blocks have published, it sums the counts, and every slot
+// knows its place. Ids and places stay in registers meanwhile. Ranks come from votes, never from atomics that race for
+// a place, so the arrays are the same bits each time.
 #include "deepep_topk_metadata.h"
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <utility>
 
 namespace sonicmoe {
 namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
+// Two blocks fit on a multiprocessor, which halves the registers of each. A cooperative launch waits until there is
+// room for all its blocks at once: with one on each multiprocessor, it would wait for any kernel that another stream
+// has left running on a few of them, such as a dispatch.
+constexpr int kBlocksPerMultiprocessor = 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
-// About one tile for each multiprocessor: every block reads the counts of all tiles, so more would cost more.
-constexpr int kTargetTiles = 132;
-// Slots of a tile for each thread, a power of two. In-tile numbers have 16 bits, which bounds it.
-constexpr int kMaxPerThread = 16;
+// A warp reads an expert's counts of all runs at once, four a lane.
+constexpr int kMaxRuns = 128;
+// Slots of a tile for each thread, a power of two. What they need lies in registers, which bounds it.
+constexpr int kMaxPerThread = 4;
 
+static_assert(kMaxExperts <= kThreads, "a thread looks after an expert");
+
+// Run r has tiles r*tiles to (r+1)*tiles - 1; a tile is per_thread*kThreads slots. The last run may be shorter.
 struct Cut {
-  int tiles;
-  int per_thread;
+  int runs, tiles, per_thread;
 };
 
-Cut cut(int64_t slots) {
+Cut cut(int64_t slots, int multiprocessors) {
+  const int64_t most = std::min(kMaxRuns, multiprocessors);
   int per_thread = 1;
-  while (per_thread < kMaxPerThread && slots > int64_t{kTargetTiles} * per_thread * kThreads) per_thread *= 2;
-  const int64_t per_tile = int64_t{per_thread} * kThreads;
-  return {static_cast<int>((slots + per_tile - 1) / per_tile), per_thread};
+  while (per_thread < kMaxPerThread && slots > most * per_thread * kThreads) per_thread *= 2;
+  const int64_t per_tile = int64_t{per_thread} * kThreads, all = (slots + per_tile - 1) / per_tile;
+  const int64_t tiles = (all + most - 1) / most;
+  return {static_cast<int>((all + tiles - 1) / tiles), static_cast<int>(tiles), per_thread};
 }
 
-// Scratch: counts by (expert, tile), and each slot's numbers in its tile.
-struct Scratch {
-  int32_t* tile_count;  // [E][tiles]
-  uint32_t* in_tile;    // [T*K] rank among the tile's slots of the same expert << 16 | number among its valid slots
-  __host__ __device__ Scratch(int32_t* words, int experts, int tiles)
-      : tile_count(words), in_tile(reinterpret_cast<uint32_t*>(words + static_cast<int64_t>(experts) * tiles)) {}
+// Division by a multiplication, exact for numbers under 2^31: factor is 2^(31 + shift) / divisor, rounded up.
+struct Divisor {
+  uint32_t factor, shift;
+  explicit Divisor(uint32_t by) : shift(0) {
+    while ((uint64_t{1} << shift) < by) ++shift;
+    factor = static_cast<uint32_t>((uint64_t{1} << (31 + shift)) / by + 1);
+  }
+};
+
+__device__ __forceinline__ uint32_t operator/(uint32_t number, const Divisor& by) {
+  return __umulhi(number * 2, by.factor) >> by.shift;
+}
+
+struct Task {
+  TopkProblem p;
+  ScaleRows scales;
+  Cut cut;
+  Divisor topk, block;
+  int32_t* run_count;  // [E][kMaxRuns] slots of each expert by run
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kAllLanes, value); }
 
-__device__ __forceinline__ int warp_sum(int value) {
-  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
+// What a thread knows of its slots of a tile. Expert and place share a word: a tile has fewer than 2^16 slots.
+template <int kPerThread>
+struct Held {
+  int key[kPerThread];  // the expert; once ranked, expert << 16 | place; negative for a slot that is not here
+  float prob[kPerThread];
+};
 
-__device__ __forceinline__ int inclusive_in_warp(int value) {
+// All loads are under way at once, which they would not be with a branch for each.
+template <int kPerThread, typename Id>
+__device__ __forceinline__ void load_ids(const Id* ids, int experts, uint32_t first, uint32_t slots,
+                                         Held<kPerThread>& held) {
+  Id id[kPerThread];
 #pragma unroll
-  for (int step = 1; step < 32; step <<= 1) {
-    const int from_below = __shfl_up_sync(kAllLanes, value, step);
-    if (lane_id() >= step) value += from_below;
-  }
-  return value;
+  for (int i = 0; i < kPerThread; ++i) id[i] = first + i * 32 < slots ? ids[first + i * 32] : Id{-1};
+  // Compared before it is narrowed, as in expert_of.
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) held.key[i] = id[i] >= 0 && id[i] < experts ? static_cast<int>(id[i]) : -1;
 }
-
-// Odd, so that a warp reading one expert's counts of all warps meets 32 banks.
-__host__ __device__ inline int rank_stride(int experts) { return experts | 1; }
 
 template <int kPerThread>
-__global__ void __launch_bounds__(kThreads, 1) rank_tiles(TopkProblem p, Cut c, int32_t* workspace) {
-  // [kWarps][stride] slots of each expert by warp, then those of the warps before.
-  extern __shared__ int32_t shared[];
-  __shared__ int32_t valid_of_warp[kWarps];
-  const int experts = p.n_experts, lane = lane_id(), warp = threadIdx.x / 32;
-  const Scratch to(workspace, experts, c.tiles);
-  const int stride = rank_stride(experts);
-  for (int i = threadIdx.x; i < kWarps * stride; i += kThreads) shared[i] = 0;
+__device__ __forceinline__ void load_experts(const TopkProblem& p, uint32_t first, uint32_t slots,
+                                             Held<kPerThread>& held) {
+  if (p.wide_indices) {
+    load_ids(static_cast<const int64_t*>(p.indices), p.n_experts, first, slots, held);
+  } else {
+    load_ids(static_cast<const int32_t*>(p.indices), p.n_experts, first, slots, held);
+  }
+}
 
-  // A warp owns a contiguous part of the tile, so ranks within it grow with the slot.
-  const int64_t slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + warp * 32) * kPerThread + lane;
-  int expert[kPerThread];
-  uint32_t number[kPerThread];
+// Adds the slots to `count`, by expert: sums, in which no order shows.
+template <int kPerThread>
+__device__ __forceinline__ void count_experts(const Held<kPerThread>& held, int32_t* count) {
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) expert[i] = begin + i * 32 < slots ? expert_of(p, begin + i * 32) : -1;
-  __syncthreads();
+  for (int i = 0; i < kPerThread; ++i) {
+    if (held.key[i] >= 0) atomicAdd(count + held.key[i], 1);
+  }
+}
 
-  const unsigned below = (1u << lane) - 1;
-  int32_t* mine = shared + warp * stride;
+// Some sums carried through one pass.
+template <int kSums>
+struct Sums {
+  int of[kSums];
+};
+
+// Exclusive sums over the experts, a thread each, in `value`; as the result the sums of all, in warps with experts.
+template <int kSums>
+__device__ __forceinline__ Sums<kSums> sum_experts(Sums<kSums>& value, Sums<kSums>* of_warp, int experts) {
+  const bool takes_part = warp_id() * 32 < experts;
+  Sums<kSums> upto = value, all{};
+  if (takes_part) {
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        const int from_below = __shfl_up_sync(kAllLanes, upto.of[i], step);
+        if (lane_id() >= step) upto.of[i] += from_below;
+      }
+    }
+    if (lane_id() == 31) of_warp[warp_id()] = upto;
+  }
+  if (experts > 32) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  if (takes_part) {
+    const bool is_sum = lane_id() * 32 < experts;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int other = is_sum ? of_warp[lane_id()].of[i] : 0;
+      value.of[i] = warp_sum(lane_id() < warp_id() ? other : 0) + upto.of[i] - value.of[i];
+      all.of[i] = warp_sum(other);
+    }
+  }
+  return all;
+}
+
+// Shared memory: this, then a table of kTables words for each expert, then [kWarps][E | 1] slots by warp.
+template <int kPerThread>
+struct Shared {
+  uint32_t slot[kPerThread * kThreads];    // in order by expert: token in the tile << 16 | number in the tile
+  uint16_t expert[kPerThread * kThreads];  // of the same
+  int32_t valid_of_warp[kWarps];
+  Sums<1> sums_of_tile[kWarps];
+  Sums<3> sums_of_all[kWarps];
+  int32_t compact;  // valid slots before this run
+  int32_t good;     // the caller's counts are right
+};
+enum Table { kCount, kHere, kBase, kTotal, kEarlier, kPadRow, kPadNumber, kTables };
+
+template <int kPerThread>
+size_t shared_bytes(int experts) {
+  return sizeof(Shared<kPerThread>) + sizeof(int32_t) * (kTables * experts + kWarps * (experts | 1));
+}
+
+// Ranks the tile's slots among their warp's of the same expert, in `key`; then warp_count is, for each warp and expert,
+// where its first of these lies in the tile's order. Barriers: one, in the middle.
+template <int kPerThread>
+__device__ __forceinline__ void rank_tile(int experts, Held<kPerThread>& held, int32_t* warp_count,
+                                          const int32_t* here, int32_t* valid_of_warp) {
+  unsigned peers[kPerThread];
   int valid = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const unsigned peers = __match_any_sync(kAllLanes, expert[i]);
-    const unsigned here = __ballot_sync(kAllLanes, expert[i] >= 0);
-    const int rank = expert[i] >= 0 ? mine[expert[i]] + __popc(peers & below) : 0;
-    __syncwarp();
-    if (expert[i] >= 0 && lane == __ffs(peers) - 1) mine[expert[i]] += __popc(peers);
-    __syncwarp();
-    number[i] = static_cast<uint32_t>(rank) << 16 | (valid + __popc(here & below));
-    valid += __popc(here);
+    peers[i] = __ballot_sync(kAllLanes, held.key[i] >= 0);
+    valid += __popc(peers[i]);
   }
-  if (lane == 0) valid_of_warp[warp] = valid;
-  __syncthreads();
-  // An expert for each warp in turn, a lane for each warp's count.
-  for (int e = warp; e < experts; e += kWarps) {
-    int32_t* count = shared + lane * stride + e;
-    const int own = *count, upto = inclusive_in_warp(own);
-    *count = upto - own;
-    if (lane == 31) to.tile_count[static_cast<int64_t>(e) * c.tiles + blockIdx.x] = upto;
+  if (lane_id() == 0) valid_of_warp[warp_id()] = valid;
+  // One vote for each bit of an expert's number: faster than __match_any_sync.
+#pragma unroll 1
+  for (int bit = 1; bit < experts; bit <<= 1) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const bool set = held.key[i] & bit;
+      const unsigned vote = __ballot_sync(kAllLanes, set);
+      peers[i] &= set ? vote : ~vote;
+    }
   }
-  const int valid_before = warp_sum(lane < warp ? valid_of_warp[lane] : 0);
-  __syncthreads();
+  const int stride = experts | 1;  // odd, so that a warp reading one expert's counts of all warps meets 32 banks
+  const unsigned below = (1u << lane_id()) - 1;
+  int32_t* mine = warp_count + warp_id() * stride;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    // The halves cannot carry into each other: a tile has at most 2^15 slots.
-    const uint32_t earlier = expert[i] >= 0 ? static_cast<uint32_t>(mine[expert[i]]) << 16 : 0;
-    if (begin + i * 32 < slots) to.in_tile[begin + i * 32] = number[i] + earlier + valid_before;
+    const bool is_valid = held.key[i] >= 0;
+    const int rank = is_valid ? mine[held.key[i]] + __popc(peers[i] & below) : 0;
+    __syncwarp();
+    if (is_valid && (peers[i] & below) == 0) mine[held.key[i]] = rank + __popc(peers[i]);
+    __syncwarp();
+    held.key[i] = held.key[i] << 16 | rank;
+  }
+  __syncthreads();
+  // An expert for each warp in turn, a lane for each warp's count.
+#pragma unroll 2
+  for (int e = warp_id(); e < experts; e += kWarps) {
+    int32_t* count = warp_count + lane_id() * stride + e;
+    const int own = *count;
+    int upto = own;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const int from_below = __shfl_up_sync(kAllLanes, upto, step);
+      if (lane_id() >= step) upto += from_below;
+    }
+    *count = here[e] + upto - own;
   }
 }
 
-// Four sums carried through one pass.
-struct Sums {
-  int rows, slots, before, mine;
-};
+// Puts the tile's slots into their order by expert.
+template <int kPerThread>
+__device__ __forceinline__ void stage_tile(const Task& task, uint32_t begin, uint32_t first, int valid_before,
+                                           Held<kPerThread>& held, const int32_t* warp_begins,
+                                           Shared<kPerThread>& shared) {
+  const uint32_t first_token = begin / task.topk;
+  const unsigned below = (1u << lane_id()) - 1;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const unsigned among = __ballot_sync(kAllLanes, held.key[i] >= 0);
+    if (held.key[i] >= 0) {
+      const int expert = held.key[i] >> 16;
+      held.key[i] += warp_begins[expert];
+      const int place = held.key[i] & 0xffff;
+      shared.slot[place] = ((first + i * 32) / task.topk - first_token) << 16 | (valid_before + __popc(among & below));
+      shared.expert[place] = static_cast<uint16_t>(expert);
+    }
+    valid_before += __popc(among);
+  }
+}
 
-// Exclusive sums over the block's threads in `value`, and the sums of all as the result. `of_warp` holds kWarps.
-__device__ Sums block_exclusive_sums(Sums& value, Sums* of_warp) {
-  const int lane = lane_id(), warp = threadIdx.x / 32;
-  const Sums own = value;
-  Sums sum{inclusive_in_warp(own.rows), inclusive_in_warp(own.slots), inclusive_in_warp(own.before),
-           inclusive_in_warp(own.mine)};
-  if (lane == 31) of_warp[warp] = sum;
-  __syncthreads();
-  const Sums w = of_warp[lane];
-  const bool earlier = lane < warp;
-  value = {warp_sum(earlier ? w.rows : 0) + sum.rows - own.rows, warp_sum(earlier ? w.slots : 0) + sum.slots - own.slots,
-           warp_sum(earlier ? w.before : 0) + sum.before - own.before,
-           warp_sum(earlier ? w.mine : 0) + sum.mine - own.mine};
-  return {warp_sum(w.rows), warp_sum(w.slots), warp_sum(w.before), warp_sum(w.mine)};
+// Puts this run's count of an expert where every block finds it.
+__device__ __forceinline__ void publish(const Task& task, int expert, int count) {
+  int32_t* to = task.run_count + expert * kMaxRuns + blockIdx.x;
+  *to = count;
+  // Readers take four at a time.
+  if (blockIdx.x + 1 == task.cut.runs) {
+#pragma unroll 1
+    for (int run = task.cut.runs; run % 4; ++run) *++to = 0;
+  }
+}
+
+// Sums each expert's counts: of all runs, and of those before this one.
+__device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
+  constexpr int kAtOnce = 2;
+  const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
+#pragma unroll 1
+  for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
+    int4 n[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      n[i] = make_int4(0, 0, 0, 0);
+      if (e + i * kWarps < experts && first < task.cut.runs) {
+        n[i] = __ldcg(reinterpret_cast<const int4*>(task.run_count + (e + i * kWarps) * kMaxRuns + first));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (e + i * kWarps >= experts) break;
+      const int of_all = warp_sum(n[i].x + n[i].y + n[i].z + n[i].w);
+      const int of_earlier = warp_sum((before > 0 ? n[i].x : 0) + (before > 1 ? n[i].y : 0) +
+                                      (before > 2 ? n[i].z : 0) + (before > 3 ? n[i].w : 0));
+      if (lane_id() == 0) {
+        total[e + i * kWarps] = of_all;
+        earlier[e + i * kWarps] = of_earlier;
+      }
+    }
+  }
 }
 
 // The caller sized the outputs by counts that the ids do not have. Nothing may be written then, and going on would
 // compute on garbage: stop the device with a message.
 __device__ void reject(const TopkProblem& p, int slots, int rows) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    printf("sonicmoe: tokens_per_expert sum to %d slots in %d rows, but dispatched_indices hold %d slots in %d rows\n",
-           p.n_slots, p.n_rows, slots, rows);
-    __trap();
-  }
+  printf("sonicmoe: tokens_per_expert sum to %d slots in %d rows, but dispatched_indices hold %d slots in %d rows\n",
+         p.n_slots, p.n_rows, slots, rows);
+  __trap();
 }
 
-__device__ void copy_scale_row(const ScaleRows& scales, int64_t token, int64_t row) {
+__device__ __forceinline__ void copy_scale_row(const ScaleRows& scales, int64_t token, int64_t row) {
   const uint32_t* from = scales.source + token * scales.words;
   uint32_t* to = scales.sorted + row * scales.words;
+#pragma unroll 1
   for (int w = lane_id(); w < scales.words; w += 32) to[w] = from[w];
 }
 
-// One slot of a tile, at its place in the tile's order by expert.
-struct Staged {
-  uint16_t slot, compact, expert;
-};
+// Writes a staged tile's entries. `compact` valid slots come before the tile, `valid_before` before the warp in it.
+template <int kPerThread>
+__device__ __forceinline__ void place_tile(const Task& task, uint32_t begin, uint32_t first, uint32_t slots,
+                                           int compact, int valid_before, int valid, const Held<kPerThread>& held,
+                                           const int32_t* base, const Shared<kPerThread>& shared) {
+  const TopkProblem& p = task.p;
+  // In slot order: all that is indexed by slot.
+  const unsigned below = (1u << lane_id()) - 1;
+  int before = compact + valid_before;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const unsigned among = __ballot_sync(kAllLanes, held.key[i] >= 0);
+    const int number = before + __popc(among & below);
+    const uint32_t slot = first + i * 32, token = slot / task.topk;
+    if (held.key[i] >= 0) {
+      const int row = base[held.key[i] >> 16] + (held.key[i] & 0xffff);
+      place_by_slot(p, static_cast<int32_t>(slot), held.prob[i], number, row);
+    }
+    if (slot < slots && slot == token * p.n_topk) p.slot_offset[token] = number;
+    before += __popc(among);
+  }
+  if (threadIdx.x == 0 && begin < slots && slots - begin <= kPerThread * kThreads) {
+    p.slot_offset[p.n_tokens] = compact + valid;
+  }
+  // In row order: what is indexed by row, so that a warp writes runs and not single words all over the place.
+  const int first_token = begin / task.topk;
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int i = k * kThreads + threadIdx.x;
+    if (i < valid) {
+      const uint32_t slot = shared.slot[i];
+      place_by_row(p, first_token + static_cast<int>(slot >> 16), compact + static_cast<int>(slot & 0xffff),
+                   base[shared.expert[i]] + i);
+    }
+  }
+#pragma unroll 1
+  for (int i = warp_id(); i < valid && task.scales.words; i += kWarps) {
+    copy_scale_row(task.scales, first_token + static_cast<int>(shared.slot[i] >> 16), base[shared.expert[i]] + i);
+  }
+}
 
 template <int kPerThread>
-__global__ void __launch_bounds__(kThreads, 1)
-    place_tiles(TopkProblem p, Cut c, int32_t* workspace, ScaleRows scales) {
-  extern __shared__ Staged staged[];       // [slots_per_tile]
-  __shared__ int32_t total[kMaxExperts];   // slots of each expert
-  __shared__ int32_t before[kMaxExperts];  // of these, in earlier tiles
-  __shared__ int32_t here[kMaxExperts];    // in this tile; then where they begin in `staged`
-  __shared__ int32_t base[kMaxExperts];    // row of the expert's first slot here, less where it is staged
-  __shared__ int32_t pad_row[kMaxExperts], pad_number[kMaxExperts];
-  __shared__ Sums of_warp[kWarps];
-  const int experts = p.n_experts, lane = lane_id(), warp = threadIdx.x / 32, tile = blockIdx.x;
-  const Scratch from(workspace, experts, c.tiles);
-
-  // What the dispatcher gave does not depend on the first launch: load it while that one still runs.
-  const int64_t all_slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
-  const int64_t begin = static_cast<int64_t>(tile) * kPerThread * kThreads;
-  int expert[kPerThread];
-  float prob[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t s = begin + i * kThreads + threadIdx.x;
-    expert[i] = s < all_slots ? expert_of(p, s) : -1;
-    prob[i] = expert[i] >= 0 ? p.probs[s] : 0.0f;
-  }
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-  uint32_t number[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t s = begin + i * kThreads + threadIdx.x;
-    number[i] = s < all_slots ? from.in_tile[s] : 0;
-  }
-
-  for (int e = warp; e < experts; e += kWarps) {
-    const int32_t* count = from.tile_count + static_cast<int64_t>(e) * c.tiles;
-    int earlier = 0, all = 0;
-    for (int t = lane; t < c.tiles; t += 32) {
-      const int n = count[t];
-      all += n;
-      earlier += t < tile ? n : 0;
-      if (t == tile) here[e] = n;
-    }
-    earlier = warp_sum(earlier);
-    all = warp_sum(all);
-    if (lane == 0) {
-      before[e] = earlier;
-      total[e] = all;
-    }
-  }
-  __syncthreads();
-
-  // Prefix sums over the experts, one a thread.
-  const int e = threadIdx.x;
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata(Task task) {
+  extern __shared__ int32_t dynamic[];
+  auto& shared = *reinterpret_cast<Shared<kPerThread>*>(dynamic);
+  const TopkProblem& p = task.p;
+  const auto grid = cooperative_groups::this_grid();
+  const int experts = p.n_experts, e = threadIdx.x;
+  int32_t* const tables = dynamic + sizeof(shared) / sizeof(int32_t);
+  int32_t *const of_tile = tables + kCount * experts, *const here = tables + kHere * experts;
+  int32_t *const total = tables + kTotal * experts, *const earlier = tables + kEarlier * experts;
+  int32_t *const pad_row = tables + kPadRow * experts, *const pad_number = tables + kPadNumber * experts;
+  int32_t *const base = tables + kBase * experts, *const warp_count = tables + kTables * experts;
   const bool has = e < experts;
-  const int my_slots = has ? total[e] : 0, my_rows = padded(my_slots, p.block), my_before = has ? before[e] : 0;
-  Sums at{my_rows, my_slots, my_before, has ? here[e] : 0};
-  const Sums all = block_exclusive_sums(at, of_warp);
-  if (all.slots != p.n_slots || all.rows != p.n_rows) {
-    reject(p, all.slots, all.rows);
-    return;
-  }
-  if (has) {
-    here[e] = at.mine;
-    base[e] = at.rows + my_before - at.mine;
-    pad_row[e] = at.rows + my_slots;
-    pad_number[e] = at.rows - at.slots;
-    if (tile == 0) p.expert_offset[e] = at.rows;
-  }
-  if (tile == 0 && e == 0) p.expert_offset[experts] = all.rows;
-  __syncthreads();
+  const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
+  constexpr uint32_t kTile = kPerThread * kThreads;
+  // A warp owns a contiguous part of a tile, so ranks within it grow with the slot.
+  const uint32_t in_tile = warp_id() * kPerThread * 32 + lane_id();
+  const uint32_t run = blockIdx.x * task.cut.tiles * kTile;
 
-  // In slot order: all that is indexed by slot, and the slots into their order by expert.
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int in_tile = i * kThreads + threadIdx.x;
-    if (begin + in_tile >= all_slots) break;
-    const uint32_t s = static_cast<uint32_t>(begin + in_tile);
-    const uint32_t token = s / static_cast<uint32_t>(p.n_topk);
-    const int compact = all.before + static_cast<int>(number[i] & 0xffff);
-    if (s == token * p.n_topk) p.slot_offset[token] = compact;
-    if (s == all_slots - 1) p.slot_offset[p.n_tokens] = compact + (expert[i] >= 0);
-    if (expert[i] >= 0) {
-      const int position = here[expert[i]] + static_cast<int>(number[i] >> 16);
-      place_by_slot(p, s, prob[i], compact, base[expert[i]] + position);
-      staged[position] = {static_cast<uint16_t>(in_tile), static_cast<uint16_t>(number[i] & 0xffff),
-                          static_cast<uint16_t>(expert[i])};
+  Held<kPerThread> held;
+  int32_t* const of_later_tiles = base;  // which has no other use yet
+  if (task.cut.tiles > 1) {
+    if (has) of_later_tiles[e] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int tile = 1; tile < task.cut.tiles; ++tile) {
+      load_experts(p, run + tile * kTile + in_tile, slots, held);
+      count_experts(held, of_later_tiles);
     }
   }
-  __syncthreads();
 
-  // In row order: what is indexed by row, so that a warp writes runs and not single words all over the place.
-  for (int i = threadIdx.x; i < all.mine; i += kThreads) {
-    const Staged s = staged[i];
-    const uint32_t token = static_cast<uint32_t>(begin + s.slot) / static_cast<uint32_t>(p.n_topk);
-    place_by_row(p, static_cast<int32_t>(token), all.before + s.compact, base[s.expert] + i);
-  }
-  for (int i = warp; i < all.mine && scales.words; i += kWarps) {
-    const Staged s = staged[i];
-    copy_scale_row(scales, static_cast<uint32_t>(begin + s.slot) / static_cast<uint32_t>(p.n_topk), base[s.expert] + i);
+  cooperative_groups::grid_group::arrival_token arrival{};
+  int next = 0, compact = 0;  // the row of my expert's next slot, and the valid slots of this run so far
+#pragma unroll 1
+  for (int tile = 0; tile < task.cut.tiles; ++tile) {
+    const uint32_t begin = run + tile * kTile, first = begin + in_tile;
+#pragma unroll 1
+    for (int i = e; i < kWarps * (experts | 1); i += kThreads) warp_count[i] = 0;
+    if (has) of_tile[e] = 0;
+    load_experts(p, first, slots, held);
+    __syncthreads();
+    count_experts(held, of_tile);
+    __syncthreads();
+    const int count = has ? of_tile[e] : 0;
+    if (tile == 0 && has) publish(task, e, count + (task.cut.tiles > 1 ? of_later_tiles[e] : 0));
+    Sums<1> at{count};
+    sum_experts(at, shared.sums_of_tile, experts);
+    if (has) here[e] = at.of[0];
+    if (tile == 0) arrival = grid.barrier_arrive();
+    rank_tile(experts, held, warp_count, here, shared.valid_of_warp);
+    __syncthreads();
+    const int of_warp = shared.valid_of_warp[lane_id()];
+    const int valid_before = warp_sum(lane_id() < warp_id() ? of_warp : 0), valid = warp_sum(of_warp);
+    stage_tile(task, begin, first, valid_before, held, warp_count + warp_id() * (experts | 1), shared);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) held.prob[i] = first + i * 32 < slots ? p.probs[first + i * 32] : 0.0f;
+
+    if (tile == 0) {
+      grid.barrier_wait(std::move(arrival));
+      sum_runs(task, total, earlier);
+      __syncthreads();
+      const int my_slots = has ? total[e] : 0, my_earlier = has ? earlier[e] : 0;
+      const int my_rows = static_cast<int>((my_slots + p.block - 1) / task.block) * p.block;
+      Sums<3> at{my_rows, my_slots, my_earlier};
+      const Sums<3> all = sum_experts(at, shared.sums_of_all, experts);
+      const bool good = all.of[0] == p.n_rows && all.of[1] == p.n_slots;
+      if (has && good) {
+        pad_row[e] = at.of[0] + my_slots;
+        pad_number[e] = at.of[0] - at.of[1];
+        if (blockIdx.x == 0) p.expert_offset[e] = at.of[0];
+      }
+      if (e == 0) {
+        shared.good = good;
+        shared.compact = all.of[2];
+        if (blockIdx.x == 0) {
+          if (!good) reject(p, all.of[1], all.of[0]);
+          p.expert_offset[experts] = all.of[0];
+        }
+      }
+      next = at.of[0] + my_earlier;
+    }
+    if (has) base[e] = next - here[e];
+    next += count;
+    __syncthreads();
+    if (!shared.good) return;
+    place_tile(task, begin, first, slots, shared.compact + compact, valid_before, valid, held, base, shared);
+    compact += valid;
   }
 
   // Pads, experts dealt out over the blocks.
-  for (int other = tile; other < experts; other += c.tiles) {
+#pragma unroll 1
+  for (int other = blockIdx.x; other < experts; other += task.cut.runs) {
     const int pads = padded(total[other], p.block) - total[other];
-    for (int j = threadIdx.x; j < pads; j += kThreads) place_pad(p, pad_number[other] + j, pad_row[other] + j);
-    for (int j = warp; j < pads && scales.words; j += kWarps) copy_scale_row(scales, 0, pad_row[other] + j);
+#pragma unroll 1
+    for (int j = e; j < pads; j += kThreads) place_pad(p, pad_number[other] + j, pad_row[other] + j);
+#pragma unroll 1
+    for (int j = warp_id(); j < pads && task.scales.words; j += kWarps) {
+      copy_scale_row(task.scales, 0, pad_row[other] + j);
+    }
   }
 }
 
@@ -269,33 +440,24 @@ __global__ void __launch_bounds__(kThreads) check_rows(TopkProblem p, unsigned l
   }
 }
 
-// Blocks may use more than 48 KB of shared memory only if the kernel says so.
-template <typename Kernel>
-void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 16 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  }
-}
-
 template <int kPerThread>
-void launch_both(const TopkProblem& p, const Cut& c, int32_t* workspace, const ScaleRows& scales, cudaStream_t stream) {
-  const size_t bytes = sizeof(int32_t) * kWarps * rank_stride(p.n_experts);
-  allow_shared(rank_tiles<kPerThread>, bytes);
-  rank_tiles<kPerThread><<<c.tiles, kThreads, bytes, stream>>>(p, c, workspace);
-
-  // The second launch may start while the first one runs; it waits for its results by itself.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+void launch_tiles(const Task& task, cudaStream_t stream) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(c.tiles);
+  config.gridDim = dim3(task.cut.runs);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kPerThread * kThreads * sizeof(Staged);
-  allow_shared(place_tiles<kPerThread>, config.dynamicSmemBytes);
+  config.dynamicSmemBytes = shared_bytes<kPerThread>(task.p.n_experts);
   config.stream = stream;
-  config.attrs = &overlap;
+  config.attrs = &together;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, place_tiles<kPerThread>, p, c, workspace, scales);
+  // More has to be asked for.
+  if (config.dynamicSmemBytes > 48 * 1024) {
+    cudaFuncSetAttribute(build_metadata<kPerThread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(config.dynamicSmemBytes));
+  }
+  cudaLaunchKernelEx(&config, build_metadata<kPerThread>, task);
 }
 
 const char* last_error() {
@@ -305,21 +467,22 @@ const char* last_error() {
 
 }  // namespace
 
-int64_t workspace_words(int32_t n_tokens, int32_t n_topk, int32_t n_experts) {
-  const int64_t slots = static_cast<int64_t>(n_tokens) * n_topk;
-  return static_cast<int64_t>(cut(slots).tiles) * n_experts + slots;
-}
+int64_t workspace_words(int32_t n_experts) { return int64_t{n_experts} * kMaxRuns; }
 
 const char* launch(const TopkProblem& p, const ScaleRows& scales, int32_t* workspace, void* stream) {
-  const Cut c = cut(static_cast<int64_t>(p.n_tokens) * p.n_topk);
-  if (c.tiles == 0) return "";  // no slots: the caller has zeroed the offsets
+  const int64_t slots = static_cast<int64_t>(p.n_tokens) * p.n_topk;
+  if (slots == 0) return "";  // the caller has zeroed the offsets
+  if (reinterpret_cast<uintptr_t>(workspace) % sizeof(int4)) return "workspace: need an address that 16 divides";
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const Cut c = cut(slots, multiprocessors);
+  const Task task{p, scales, c, Divisor(p.n_topk), Divisor(p.block), workspace};
   auto s = static_cast<cudaStream_t>(stream);
   switch (c.per_thread) {
-    case 1: launch_both<1>(p, c, workspace, scales, s); break;
-    case 2: launch_both<2>(p, c, workspace, scales, s); break;
-    case 4: launch_both<4>(p, c, workspace, scales, s); break;
-    case 8: launch_both<8>(p, c, workspace, scales, s); break;
-    default: launch_both<kMaxPerThread>(p, c, workspace, scales, s);
+    case 1: launch_tiles<1>(task, s); break;
+    case 2: launch_tiles<2>(task, s); break;
+    default: launch_tiles<kMaxPerThread>(task, s);
   }
   return last_error();
 }

@@ -97,9 +97,9 @@ SONICMOE_HD RowFault check_row(const TopkProblem& p, int32_t token) {
 
 // ---- Device side, defined in the .cu -------------------------------------------------------------------------------
 
-// int32 words of scratch that a launch needs for this problem; the only place that knows.
-int64_t workspace_words(int32_t n_tokens, int32_t n_topk, int32_t n_experts);
-// Two launches on `stream`. Returns an empty string, or CUDA's error.
+// int32 words of scratch that a launch needs, at an address that 16 divides; the only place that knows.
+int64_t workspace_words(int32_t n_experts);
+// One launch on `stream`. Returns an empty string, or what is wrong.
 const char* launch(const TopkProblem& p, const ScaleRows& scales, int32_t* workspace, void* stream);
 // row * 4 + fault of the lowest faulty row into `*verdict` (device memory), -1 if all rows are good.
 const char* launch_check(const TopkProblem& p, int64_t* verdict, void* stream);

@@ -1,7 +1,7 @@
 """sonicmoe: the Mixture-of-Experts layer for Paddle and torch.
 
 Importing this package loads no framework, initialises no device and leaves the environment
-as it is. The Paddle entry points load Paddle when they are first asked for.
+as it is. The entry points of either framework load it when they are first asked for.
 """
 
 import importlib
@@ -19,6 +19,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "SonicMoEMlpNode": ".ernie_compat",
     "run_sonic_moe": ".ernie_compat",
+    "MoE": ".moe",
+    "count_cumsum": ".functional",
+    "enable_quack_gemm": ".functional",
+    "moe_TC_softmax_topk_layer": ".functional",
+    "moe_general_routing_inputs": ".functional",
 }
 
 __all__ = ["API_VERSION", "CAPABILITIES", "ActivationType", "KernelBackendMoE", "SonicMoEConfig", *_LAZY]

@@ -9,16 +9,14 @@ recomputed), the routing and the weights of this forward. Neither y nor gathered
 those that forward used: an optimizer that runs in between cannot mix two epochs in one gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from .gemm import api
 from .gemm.api import ExpertWeights, GradBuffers
 from .gemm.plan import Plan
 from .quant.formats import QuantTensor
-from .routing import naive as routing_ops
 from .routing.metadata import Routing
 
 
@@ -74,28 +72,48 @@ def forward(x, routing: Routing, weights: ExpertWeights, plan: Plan, keep: bool 
     # y and a go out of scope with this frame; under stagewise memory z does so before the next GEMM.
     z = None
     y = run.down_projection(a, weights, routing, plan)
-    return routing_ops.sum_slots(y, routing, getattr(torch, plan.storage), routing.scores), saved
+    a = None
+    return run.sum_slots(y, routing, plan, routing.scores), saved
 
 
-def backward(saved: Saved, dout, *, need_dx: bool = True, need_ds: bool = True, need_wgrad: bool = True) -> Grads:
-    """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8."""
+def backward(
+    saved: Saved,
+    dout,
+    *,
+    need_dx: bool = True,
+    need_ds: bool = True,
+    need_wgrad: bool = True,
+    before_dx: Callable[[PendingWgrad], None] | None = None,
+) -> Grads:
+    """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8.
+
+    ``before_dx`` gets the pending weight gradients as soon as their operands exist: where dW2 runs there and ``pa``
+    is dropped, p*a and dx by slot, the two largest tensors beside dz, are never in memory at the same time.
+    """
     if saved.released:
         raise RuntimeError("backward ran a second time, but stage-wise memory released the activations after the first")
     plan, routing, weights = saved.plan, saved.routing, saved.weights
     run = api.stages(plan)
     dout_rows = run.prepare_rows(dout, plan)
     z = saved.z
+    if run.OVERWRITES_Z:
+        saved.z = None  # a second backward over the same forward computes it anew
     if z is None:
         z, _ = run.up_projection(run.prepare_rows(saved.x, plan), weights, routing, plan, need_a=False)
-    dz, pa, ds = run.down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad=need_wgrad)
+    dz, pa, ds_parts = run.down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad=need_wgrad)
+    z = None
+    wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
+    pa = None
+    if wgrad is not None and before_dx is not None:
+        before_dx(wgrad)
     dx = None
     if need_dx:
         dx_rows = run.up_projection_backward(dz, weights, routing, plan)
-        dx = routing_ops.sum_slots(dx_rows, routing, getattr(torch, plan.storage))
-    wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
+        dx = run.sum_slots(dx_rows, routing, plan)
+        dx_rows = None
     if plan.stagewise:
         saved.release()
-    return Grads(dx=dx, ds=routing_ops.scatter_slot_grads(ds, routing) if need_ds else None, wgrad=wgrad)
+    return Grads(dx=dx, ds=run.score_gradient(ds_parts, routing, plan) if need_ds else None, wgrad=wgrad)
 
 
 __all__ = [

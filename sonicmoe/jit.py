@@ -184,7 +184,7 @@ def _build(ext: Extension, cache_dir: Path, timeout: float) -> Path:
         wanted = "nvcc" if ext.arch else "a C++ compiler (g++ or clang++)"
         raise JitUnavailable(f"{wanted} is not on PATH and {cache_dir} holds no build of {ext.module}; install it")
     final = _candidates(ext, cache_dir)[0]
-    with _lock(cache_dir / "locks" / f"{final.name}.lock", timeout):
+    with build_lock(cache_dir / "locks" / f"{final.name}.lock", timeout):
         if final.exists():
             cache_safety.require_private(final)
             artifact = _intact(final, ext)
@@ -207,7 +207,7 @@ def _build(ext: Extension, cache_dir: Path, timeout: float) -> Path:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, timeout: float):
+def build_lock(path: Path, timeout: float):
     """A lock between processes, which says who holds it when waiting for it takes too long."""
     from filelock import FileLock, Timeout
 

@@ -10,6 +10,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # `tests.support` is imported by that name, from whatever folder pytest was started in.
 sys.path.insert(0, str(ROOT))
 
+# Hooks: tests of the torch layer run in a child process that has torch.
+from tests.support.torch_child import poisoned_torch, pytest_pyfunc_call, pytest_runtest_logreport  # noqa: E402, F401
+
 
 @pytest.fixture(autouse=True)
 def _clean_flags(monkeypatch):

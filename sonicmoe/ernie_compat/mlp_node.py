@@ -11,8 +11,8 @@ import paddle
 from .. import checks, expert_mlp
 from ..config import SonicMoEConfig
 from ..enums import ActivationType
-from ..gemm.launch import raw_stream
 from ..gemm.plan import Plan, make_plan
+from ..launch import raw_stream
 from . import dispatch
 from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
 from .main_grad import GradAccumulator

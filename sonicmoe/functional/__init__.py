@@ -1,9 +1,28 @@
-"""Calls that training frameworks make by this path, beside the layer itself."""
+"""The layer as functions, and calls that training frameworks make by this path.
+
+Loads no framework: what needs torch is loaded when it is first asked for. ``forward.py`` and ``backward.py`` hold the
+raw functions, one projection a call.
+"""
+
+import importlib
+import sys
 
 from ..wgrad_deferral import set_wgrad_deferral_hook
-from .utils import enable_fp8
+from .utils import enable_fp8, enable_quack_gemm
 
-__all__ = ["clear_all_fp8_weight_caches", "enable_fp8", "set_wgrad_deferral_hook"]
+_LAYER = ("count_cumsum", "moe_TC_softmax_topk_layer", "moe_general_routing_inputs", "route_topk")
+
+__all__ = ["clear_all_fp8_weight_caches", "enable_fp8", "enable_quack_gemm", "set_wgrad_deferral_hook", *_LAYER]
+
+
+def __getattr__(name):
+    if name not in _LAYER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # The name that this package goes by now: a caller may have moved it under another parent after importing it.
+    loaded = list(sys.modules.items())
+    present = next((key for key, module in loaded if getattr(module, "__dict__", None) is globals()), __name__)
+    value = globals()[name] = getattr(importlib.import_module(".layer", present), name)
+    return value
 
 
 def clear_all_fp8_weight_caches() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..quant.formats import QuantWeights
-from . import naive
+from . import naive, sm90_bf16
 from .plan import Plan
 
 
@@ -27,10 +27,12 @@ class ExpertWeights:
 
 @dataclass
 class GradBuffers:
-    """fp32 accumulators that wgrad adds to, in place.
+    """Where wgrad goes, in place: fp32 accumulators that it adds to, or with ``overwrite`` tensors that it fills.
 
     ``w2_grouped``: dw2 lies as [E,I,H], the layout in which some callers keep ``main_grad``. ``experts1`` and
     ``experts2`` tell which experts take a gradient: a frozen expert's rows are neither computed nor touched.
+    ``overwrite``: the buffers hold anything, NaN included, and their dtype is the caller's choice: sums are taken in
+    fp32 and rounded to it once, and an expert without tokens gets zeros.
     """
 
     dw1_EFH: Any
@@ -38,34 +40,51 @@ class GradBuffers:
     w2_grouped: bool
     experts1: tuple[bool, ...]
     experts2: tuple[bool, ...]
+    overwrite: bool = False
 
 
 class Stages(Protocol):
-    """What ``sm90_bf16``, ``sm90_fp8`` and the rest implement; ``naive`` is the definition."""
+    """What ``sm90_bf16``, ``sm90_fp8`` and the rest implement; ``naive`` is the definition.
+
+    ``out``: contiguous tensors of the results' shapes and of the storage type, in the order of the results, for a
+    caller who has them already; None (the whole or a member) where the stage allocates. Never given under FP8.
+    """
 
     def prepare_rows(self, x, plan: Plan):
         """[T,H] as a row operand: as it is, quantized once a token, or requantized if the blocks differ."""
 
-    def up_projection(self, x_rows, weights: ExpertWeights, routing, plan: Plan, need_a: bool):
+    def up_projection(self, x_rows, weights: ExpertWeights, routing, plan: Plan, need_a: bool, out=None):
         """(z [M,F] as kept for backward, operand a [M,I] or None): gather, x @ W1^T, activation."""
 
-    def down_projection(self, a, weights: ExpertWeights, routing, plan: Plan):
+    def down_projection(self, a, weights: ExpertWeights, routing, plan: Plan, out=None):
         """y [M,H] = a @ W2^T."""
 
-    def down_projection_backward(self, dout_rows, z, weights: ExpertWeights, routing, plan: Plan, need_wgrad: bool):
-        """(dz, p*a or None, ds [S]): gather dout, dA = dout @ W2, activation backward, score gradient."""
+    def down_projection_backward(
+        self, dout_rows, z, weights: ExpertWeights, routing, plan: Plan, need_wgrad: bool, out=None
+    ):
+        """(dz, p*a or None, parts of ds): gather dout, dA = dout @ W2, activation backward, score gradient.
 
-    def up_projection_backward(self, dz, weights: ExpertWeights, routing, plan: Plan):
+        ``out`` is (dz, p*a). The parts are for ``score_gradient`` alone. ``OVERWRITES_Z`` of a backend tells whether dz
+        may come back in z's memory.
+        """
+
+    def score_gradient(self, ds_parts, routing, plan: Plan):
+        """ds [T,K] float32, 0 where no expert of this rank was meant."""
+
+    def up_projection_backward(self, dz, weights: ExpertWeights, routing, plan: Plan, out=None):
         """dx by slot [M,H] = dz @ W1."""
 
+    def sum_slots(self, rows, routing, plan: Plan, scores=None):
+        """[T,H] of the storage type: each token's rows of [M,H], weighed by ``scores``, added in slot order."""
+
     def accumulate_dw1(self, dz, x, routing, plan: Plan, buffers: GradBuffers) -> None:
-        """dW1[e] += dz^T x, x gathered."""
+        """dW1[e] += dz^T x, x gathered; ``=`` under ``buffers.overwrite``."""
 
     def accumulate_dw2(self, pa, dout, routing, plan: Plan, buffers: GradBuffers) -> None:
-        """dW2[e] += dout^T (p*a), dout gathered."""
+        """dW2[e] += dout^T (p*a), dout gathered; ``=`` under ``buffers.overwrite``."""
 
 
-_BACKENDS = {"naive": naive}
+_BACKENDS = {"naive": naive, "sm90_bf16": sm90_bf16}
 
 
 def stages(plan: Plan) -> Stages:

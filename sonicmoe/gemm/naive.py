@@ -8,6 +8,9 @@ import torch
 from ..activation import naive as activation
 from ..quant import naive as quant
 from ..quant.formats import QuantTensor
+from ..routing import naive as movement
+
+OVERWRITES_Z = False
 
 
 def _dtype(plan):
@@ -101,6 +104,11 @@ def _concat(parts, columns: int, dtype, like):
     return torch.cat(parts, dim=0).to(dtype)
 
 
+def _into(target, value):
+    """``value``, or the caller's tensor with ``value`` in it."""
+    return value if target is None else target.copy_(value)
+
+
 def _scores(routing, lo: int, hi: int):
     """[m,1] score of each sorted row; pads point behind the last slot, where scores are 0."""
     return routing.scores.index_select(0, routing.s_scatter_idx[lo:hi].to(torch.int64)).reshape([-1, 1])
@@ -114,7 +122,7 @@ def prepare_rows(x, plan):
     return quant.quantize_rows(x, plan.recipe)
 
 
-def up_projection(x_rows, weights, routing, plan, need_a):
+def up_projection(x_rows, weights, routing, plan, need_a, out=None):
     width = plan.width(weights.intermediate_size)
     source = _RowSource(x_rows, routing)
     w1 = weights.w1_EFH if plan.recipe is None else weights.fp8.w1
@@ -127,22 +135,23 @@ def up_projection(x_rows, weights, routing, plan, need_a):
         z_parts.append(z)
     like = routing.expert_offset
     if plan.recipe is None:
-        a = _concat(a_parts, weights.intermediate_size, _dtype(plan), like) if need_a else None
-        return _concat(z_parts, width, _dtype(plan), like), a
+        out_z, out_a = out or (None, None)
+        a = _into(out_a, _concat(a_parts, weights.intermediate_size, _dtype(plan), like)) if need_a else None
+        return _into(out_z, _concat(z_parts, width, _dtype(plan), like)), a
     a = None
     if need_a:
         a = quant.quantize_rows(_concat(a_parts, weights.intermediate_size, torch.float32, like), plan.recipe)
     return quant.quantize_rows(_concat(z_parts, width, torch.float32, like), plan.recipe), a
 
 
-def down_projection(a, weights, routing, plan):
+def down_projection(a, weights, routing, plan, out=None):
     source = _RowSource(a, routing)
     w2 = weights.w2_EHI if plan.recipe is None else weights.fp8.w2
     parts = [_multiply(source.rows(lo, hi), _weight(w2, expert)) for expert, lo, hi in _segments(routing)]
-    return _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset)
+    return _into(out, _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset))
 
 
-def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad):
+def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
     source = _RowSource(dout_rows, routing)
     z = quant.dequantize(z) if isinstance(z, QuantTensor) else z
     w2_t = weights.w2_EHI.transpose(1, 2) if plan.recipe is None else weights.fp8.w2_t
@@ -158,19 +167,28 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad):
         if need_wgrad:
             pa_parts.append(p * a)
     like = routing.expert_offset
-    dz = _concat(dz_parts, plan.width(weights.intermediate_size), stored, like)
-    pa = _concat(pa_parts, weights.intermediate_size, stored, like) if need_wgrad else None
+    out_dz, out_pa = out or (None, None)
+    dz = _into(out_dz, _concat(dz_parts, plan.width(weights.intermediate_size), stored, like))
+    pa = _into(out_pa, _concat(pa_parts, weights.intermediate_size, stored, like)) if need_wgrad else None
     if not ds_parts:
         return dz, pa, torch.zeros([0], dtype=torch.float32, device=like.device)
     ds = torch.cat(ds_parts, dim=0).index_select(0, routing.s_reverse_scatter_idx.to(torch.int64))
     return dz, pa, ds
 
 
-def up_projection_backward(dz, weights, routing, plan):
+def score_gradient(ds_parts, routing, plan):
+    return movement.scatter_slot_grads(ds_parts, routing)
+
+
+def sum_slots(rows, routing, plan, scores=None):
+    return movement.sum_slots(rows, routing, _dtype(plan), scores)
+
+
+def up_projection_backward(dz, weights, routing, plan, out=None):
     w1_t = weights.w1_EFH.transpose(1, 2) if plan.recipe is None else weights.fp8.w1_t
     source = _RowSource(dz if plan.recipe is None else quant.quantize_rows(dz, plan.recipe), routing)
     parts = [_multiply(source.rows(lo, hi), _weight(w1_t, expert)) for expert, lo, hi in _segments(routing)]
-    return _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset)
+    return _into(out, _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset))
 
 
 def _token_major(rows, plan):
@@ -185,20 +203,38 @@ def _full_rows(x):
     return quant.dequantize(x) if isinstance(x, QuantTensor) else x.to(torch.float32)
 
 
+def _clear(target, experts, buffers) -> None:
+    """Zeros where the buffer holds anything: for the experts that no row belongs to."""
+    if buffers.overwrite:
+        for expert, wanted in enumerate(experts):
+            if wanted:
+                target[expert].zero_()
+
+
+def _deliver(target, product, buffers) -> None:
+    if buffers.overwrite:
+        target.copy_(product.to(target.dtype))
+    else:
+        target.add_(product)
+
+
 def accumulate_dw1(dz, x, routing, plan, buffers):
     x_TH = _full_rows(x)
+    _clear(buffers.dw1_EFH, buffers.experts1, buffers)
     for expert, lo, hi in _segments(routing):
         if buffers.experts1[expert]:
             x_m = _gather(x_TH, routing, lo, hi)
-            buffers.dw1_EFH[expert].add_(_multiply(_token_major(dz[lo:hi], plan), _token_major(x_m, plan)))
+            product = _multiply(_token_major(dz[lo:hi], plan), _token_major(x_m, plan))
+            _deliver(buffers.dw1_EFH[expert], product, buffers)
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
     dout_TH = _full_rows(dout)
+    _clear(buffers.dw2, buffers.experts2, buffers)
     for expert, lo, hi in _segments(routing):
         if buffers.experts2[expert]:
             left = _token_major(pa[lo:hi], plan)
             right = _token_major(_gather(dout_TH, routing, lo, hi), plan)
             if not buffers.w2_grouped:
                 left, right = right, left
-            buffers.dw2[expert].add_(_multiply(left, right))
+            _deliver(buffers.dw2[expert], _multiply(left, right), buffers)

@@ -1,6 +1,7 @@
 """What one call of the engine does, decided once, before anything runs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..enums import ActivationType, is_glu
 from ..quant.formats import FP8_ROW_BLOCK, Recipe, make_recipe
@@ -19,6 +20,7 @@ class Plan:
     stagewise: bool
     device: str
     backend: str
+    cache_dir: Path  # where compiled kernels are kept
 
     @property
     def row_block(self) -> int:
@@ -43,8 +45,9 @@ class Plan:
         return f"{self.device}/{self.backend}/{kind}"
 
 
-def make_plan(config, activation, *, storage: str, device: str, x_name: str = "x") -> Plan:
-    """Read the configuration once. ``device`` is the place's type: ``cpu``, or an accelerator's name."""
+def make_plan(config, activation, *, storage: str, device: str, arch: str | None = None, x_name: str = "x") -> Plan:
+    """Read the configuration once. ``device`` is the place's type: ``cpu``, or an accelerator's name; ``arch`` what
+    nvcc calls the accelerator."""
     kind = ActivationType.parse(activation)
     if config.swiglu_clamp is not None and kind is not ActivationType.SWIGLU:
         raise ValueError(f"swiglu_clamp: got {config.swiglu_clamp} with activation {kind.value!r}, which has no clamp")
@@ -54,11 +57,6 @@ def make_plan(config, activation, *, storage: str, device: str, x_name: str = "x
             raise TypeError(f"{x_name}: got dtype float32 under FP8, need bfloat16 or float16")
         name = "sm90" if config.fp8_recipe == "auto" else config.fp8_recipe
         recipe = make_recipe(name, iso32=config.fp8_iso32_weight, pow2=config.fp8_pow2_scale)
-    if device != "cpu" and config.backend != "naive":
-        raise ValueError(
-            f"device: got {device}, and this version has no kernels for it; run on the CPU, or set backend='naive' in "
-            "SonicMoEConfig to run the reference engine there"
-        )
     return Plan(
         activation=kind,
         clamp=config.swiglu_clamp,
@@ -68,5 +66,18 @@ def make_plan(config, activation, *, storage: str, device: str, x_name: str = "x
         recompute_z=recipe is not None and config.fp8_recompute_z,
         stagewise=config.stagewise,
         device=device,
-        backend="naive",
+        backend=_backend(config, recipe, storage, device, arch),
+        cache_dir=config.cache_dir,
+    )
+
+
+def _backend(config, recipe, storage: str, device: str, arch: str | None) -> str:
+    if device == "cpu" or config.backend == "naive":
+        return "naive"
+    if arch == "sm_90a" and recipe is None and storage != "float32":
+        return "sm90_bf16"
+    kind = storage if recipe is None else f"FP8 ({recipe.name})"
+    raise ValueError(
+        f"device: got {device}{f' ({arch})' if arch else ''}, and this version has no kernels for {kind} there; set "
+        "backend='naive' in SonicMoEConfig to run the reference engine, or use bfloat16 or float16 on Hopper"
     )

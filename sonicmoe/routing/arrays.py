@@ -1,32 +1,40 @@
 """Room for routing metadata: what every compiled backend allocates before it launches."""
 
-from itertools import accumulate
-
 import torch
 
-from ..gemm.launch import address, cut
+from ..launch import address, cut
 
 
 class Arrays:
     """The seven outputs and the workspace as views of one int32 allocation."""
 
     def __init__(self, like, n_tokens: int, n_experts: int, n_slots: int, n_rows: int, workspace: int):
-        sizes = [n_rows, n_rows, n_rows, n_experts + 1, n_slots, n_tokens + 1, n_slots, workspace]
+        # The workspace, the offsets and the gather first, each at a multiple of 16 bytes as allocations begin: kernels
+        # read the one 16 bytes at a time, and the GEMMs take the others only so.
+        slack = -(n_experts + 1 + workspace) % 4
+        sizes = [workspace, n_experts + 1, slack, n_rows, n_rows, n_rows, n_slots, n_tokens + 1, n_slots]
         whole = torch.empty([sum(sizes)], dtype=torch.int32, device=like.device)
-        gather, scatter, scores, offset, reverse, slot_offset, source, self.workspace = cut(whole, sizes)
-        self.views = dict(
-            expert_offset=offset,
-            x_gather_idx=gather,
-            s_scatter_idx=scatter,
-            s_reverse_scatter_idx=reverse,
-            slot_offset=slot_offset,
-            scores=scores.view(torch.float32),
-            score_src_idx=source,
-        )
-        base, starts = address(whole), list(accumulate(sizes, initial=0))
+        self.workspace, offset, _, gather, scatter, scores, reverse, slot_offset, source = cut(whole, sizes)
+        self.views = {
+            "expert_offset": offset,
+            "x_gather_idx": gather,
+            "s_scatter_idx": scatter,
+            "s_reverse_scatter_idx": reverse,
+            "slot_offset": slot_offset,
+            "scores": scores.view(torch.float32),
+            "score_src_idx": source,
+        }
+        # By sums and not by asking each view: a call costs 20 us in all, and seven questions would be one of them.
+        self.workspace_address = address(whole)
+        offset_at = self.workspace_address + 4 * workspace
+        gather_at = offset_at + 4 * (n_experts + 1 + slack)
+        scatter_at = gather_at + 4 * n_rows
+        scores_at = scatter_at + 4 * n_rows
+        reverse_at = scores_at + 4 * n_rows
+        slot_offset_at = reverse_at + 4 * n_slots
+        source_at = slot_offset_at + 4 * n_tokens + 4
         # Of the seven outputs, in the order of ``Routing``'s fields.
-        self.addresses = [base + 4 * starts[number] for number in (3, 0, 1, 4, 5, 2, 6)]
-        self.workspace_address = base + 4 * starts[7]
+        self.addresses = offset_at, gather_at, scatter_at, reverse_at, slot_offset_at, scores_at, source_at
 
 
 def sizes(counts: list[int], block: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Which implementation makes routing metadata. All give the same arrays, bit for bit.
 
-host    C++, on the CPU                    cuda    CUDA, two launches
+host    C++, on the CPU                    cuda    CUDA, one launch
 naive   framework ops, anywhere            triton  where a GPU's machine has no compiler
 """
 

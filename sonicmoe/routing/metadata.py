@@ -28,7 +28,7 @@ class Routing:
     scores: Any  # [M] float32, by compact slot; 0 from S on
     score_src_idx: Any  # [S] compact slot -> flat (t,k)
     n_tokens: int
-    n_topk: int
+    n_topk: int | None  # K; None for slots that came as a list, any number a token: ds is [S] in compact order then
     n_experts: int
     n_slots: int  # S
     n_rows: int  # M
@@ -50,12 +50,14 @@ def build(
     counts: list[int] | None = None,
     scales=None,
     index_name: str = "dispatched_indices",
+    all_valid: bool = False,
 ) -> Routing:
     """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
 
     ``counts`` are the dispatcher's real tokens per expert. They size the arrays, so counts that the indices do not
     have are an error: here on the CPU, on a GPU a message and a stopped device. ``scales`` [T, words] of 4-byte words
-    come back in sorted order.
+    come back in sorted order. ``all_valid`` promises that every id is an expert: with ``block`` 1 the sizes are then
+    those of ``indices``, and no counts are needed to wait for nothing.
     """
     n_tokens, n_topk = int(indices.shape[0]), int(indices.shape[1])
     if n_tokens * n_topk >= 2**31 or n_topk > MAX_TOPK:
@@ -66,8 +68,16 @@ def build(
         raise ValueError(f"n_experts: got {n_experts}, need 1 to {MAX_EXPERTS}")
     if block < 1:
         raise ValueError(f"block: got {block}, need at least 1")
-    backend, arrays = backends.build(indices, probs, n_experts, block, config, counts, scales, index_name)
+    sizing = counts
+    if all_valid and counts is None and block == 1:
+        # Where counts are not found anew, only their sum is looked at.
+        sizing = [n_tokens * n_topk, *[0] * (n_experts - 1)]
+    backend, arrays = backends.build(indices, probs, n_experts, block, config, sizing, scales, index_name)
     found = arrays.pop("counts")
+    if all_valid and found is not None and sum(found) != n_tokens * n_topk:
+        raise ValueError(
+            f"{index_name}: {n_tokens * n_topk - sum(found)} of {n_tokens * n_topk} ids are not in 0 to {n_experts - 1}"
+        )
     if counts is not None and found is not None and found != counts:
         expert = next(e for e in range(n_experts) if found[e] != counts[e])
         raise ValueError(

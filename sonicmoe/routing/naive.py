@@ -109,7 +109,9 @@ def sum_slots(rows_MH, routing, dtype, scores=None):
 
 
 def scatter_slot_grads(grad_S, routing):
-    """[S] gradients of the scores -> [T,K], 0 where no expert of this rank was meant."""
+    """[S] gradients of the scores -> [T,K], 0 where no expert of this rank was meant; a list of slots keeps [S]."""
+    if routing.n_topk is None:
+        return grad_S
     flat = torch.zeros([routing.n_tokens * routing.n_topk], dtype=torch.float32, device=grad_S.device)
     if routing.n_slots:
         flat = flat.scatter(0, routing.score_src_idx.to(torch.int64), grad_S)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from .. import checks, jit
-from ..gemm.launch import address, arch, current_stream
+from ..launch import address, arch, current_stream
 from .arrays import Arrays, counts_on_host
 
 _NAME = "deepep_topk_metadata"
@@ -46,14 +46,14 @@ def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
 
 
 def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, scales=None) -> dict:
-    """The same on a GPU: two launches on the current stream. Counts from the host cost no wait; without them the ids
+    """The same on a GPU: one launch on the current stream. Counts from the host cost no wait; without them the ids
     are counted first, which waits once. A count that the ids do not have stops the device with a message."""
     module = _module(arch(indices), cache_dir)
     indices, probs = indices.contiguous(), probs.contiguous()
     n_tokens, n_topk = indices.shape
     counts = counts_on_host(indices, n_experts) if counts is None else counts
     n_slots, n_rows = module.sizes(counts, block)
-    arrays = Arrays(indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_tokens, n_topk, n_experts))
+    arrays = Arrays(indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_experts))
     source, target, words = _scale_rows(scales, n_rows)
     if n_tokens * n_topk == 0:
         arrays.views["expert_offset"].zero_()

@@ -20,7 +20,7 @@ if sys.argv[1] == "paddle":
 from sonicmoe import SonicMoEConfig, expert_mlp
 from sonicmoe.activation import naive as activation
 from sonicmoe.enums import ActivationType, is_glu
-from sonicmoe.expert_mlp import torch
+from sonicmoe.gemm.naive import torch
 from sonicmoe.gemm.plan import make_plan
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant.formats import make_recipe

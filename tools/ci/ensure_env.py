@@ -1,7 +1,8 @@
 """Makes .venv what the tests and the demo need, or finds that it already is.
 
     ensure_env.py            Paddle, sonicmoe (editable) and its dev tools
-    ensure_env.py --torch    and a real torch in .venv/torch-site, out of reach of .venv's own Python
+    ensure_env.py --torch    and a real torch in .venv/torch-site, out of reach of .venv's own Python, and beside it
+                             .venv/triton-site, for the kernels in Triton's interpreter and its compiler
 
 Only the standard library is used: this runs before anything is installed.
 """
@@ -22,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TORCH_SITE = VENV / "torch-site"
+TRITON_SITE = VENV / "triton-site"
 CONSTRAINTS = ROOT / "tools" / "ci" / "constraints.txt"
+# In a site of its own, because the interpreter of this Triton hands arrays of one element to NumPy as scalars, which
+# NumPy 2.4 no longer takes: it needs an older NumPy than everything else.
+TRITON_PINS = ["triton==3.6.0", "numpy==2.3.5"]
 PIP = ["-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", "install", "--progress-bar", "off"]
 
 
@@ -93,7 +98,7 @@ def first_missing(site, dists):
         for line in record.splitlines():
             name = line.rsplit(",", 2)[0].strip('"')
             # Byte code comes and goes; scripts of a --target install are recorded where they do not lie.
-            if name.endswith(".pyc") or (site == TORCH_SITE and name.startswith("..")):
+            if name.endswith(".pyc") or (site in (TORCH_SITE, TRITON_SITE) and name.startswith("..")):
                 continue
             if not os.path.exists(os.path.join(site, name)):
                 return name
@@ -155,8 +160,8 @@ def ensure_core(lock):
     # The stamp goes first, and the new one comes last: whatever interrupts us, a half-built tree has none.
     (VENV / "stamp.json").unlink(missing_ok=True)
     for path in VENV.iterdir():
-        if path.name == TORCH_SITE.name:
-            continue  # big, and judged by a stamp of its own
+        if path in (TORCH_SITE, TRITON_SITE):
+            continue  # big, and judged by stamps of their own
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -175,27 +180,38 @@ def ensure_core(lock):
     return True
 
 
-def ensure_torch(lock):
+def ensure_site(site, what, packages, check, lock):
+    """A folder of packages for the path of child processes."""
     version = python_version(PYTHON)
-    stamp = TORCH_SITE / "stamp.json"
-    problem = why_unfit(stamp, TORCH_SITE, version)
+    stamp = site / "stamp.json"
+    problem = why_unfit(stamp, site, version)
     if problem is None:
         return False
-    say(f"building .venv/torch-site ({problem})")
+    say(f"building .venv/{site.name} ({problem})")
     stamp.unlink(missing_ok=True)
-    if TORCH_SITE.exists():
-        shutil.rmtree(TORCH_SITE)
-    target = ["--target", TORCH_SITE, "-c", CONSTRAINTS, "torch"]
-    run_step("torch for the parity tests", [PYTHON, *PIP, *target], lock)
-    beside = {**os.environ, "PYTHONPATH": str(TORCH_SITE)}
-    run_step("torch imports beside .venv's packages", [PYTHON, "-c", "import numpy, torch"], lock, env=beside)
-    write_stamp(stamp, TORCH_SITE, version)
+    if site.exists():
+        shutil.rmtree(site)
+    run_step(what, [PYTHON, *PIP, "--target", site, *packages], lock)
+    beside = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (site, TORCH_SITE)))}
+    run_step(f"{what}: imports beside .venv's packages", [PYTHON, "-c", check], lock, env=beside)
+    write_stamp(stamp, site, version)
     return True
+
+
+def ensure_torch(lock):
+    built = ensure_site(TORCH_SITE, "torch", ["-c", CONSTRAINTS, "torch"], "import numpy, torch", lock)
+    # Without what they ask for: Triton wants no other package, NumPy neither.
+    packages = ["--no-deps", *TRITON_PINS]
+    check = (
+        "import numpy, torch, triton; assert [f'{m.__name__}=={m.__version__}' for m in (triton, numpy)] == "
+        + repr(TRITON_PINS)
+    )
+    return ensure_site(TRITON_SITE, "triton", packages, check, lock) or built
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", action="store_true", help="also set up .venv/torch-site")
+    parser.add_argument("--torch", action="store_true", help="also set up .venv/torch-site and .venv/triton-site")
     args = parser.parse_args()
     # With .venv activated, "python3" is the one inside it: step out before pulling it down.
     base = getattr(sys, "_base_executable", sys.executable)

@@ -1,6 +1,6 @@
 """Runs the phases of the suite, counts what they did, and fails if one failed or did nothing.
 
-Started by run_core_tests.sh, which sets up the environment first.
+Started by run_core_tests.sh, which sets up the environment first, or by run_gpu_tests.sh in one that is there.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import check_house
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of a test with several of these marks, the first one listed decides, so each test runs in exactly one phase.
-MARKS = ("demo", "training", "dist", "torch", "contract")
+MARKS = ("gpu", "demo", "training", "dist", "torch", "contract")
 # Far above what a phase takes; there for the test that waits for ever on another process.
 LIMIT_S = 15 * 60
 # pytest's exit status when it found nothing to run.
@@ -31,6 +31,7 @@ class Phase:
     title: str
     marks: str = ""  # pytest's -m expression
     parallel: bool = False  # whether its tests leave room for others beside them
+    folder: str = "tests"
 
 
 def only(mark):
@@ -48,6 +49,8 @@ PHASES = (
     Phase("demo", "demo smoke", only("demo")),
 )
 FAST = ("lint", "unit", "contract")
+# Runs only by its name. From its own folder alone: what other tests import need not be there.
+GPU = Phase("gpu", "GPU tests", only("gpu"), folder="tests/gpu")
 
 
 @dataclass
@@ -117,7 +120,7 @@ def run_pytest(result, fast):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "--disable-warnings"]
-        command += [f"--junitxml={report}", "-m", marks]
+        command += [f"--junitxml={report}", "-m", marks, phase.folder]
         # A file's tests stay together and in order: they may share an expensive fixture. A crashed worker stays
         # down and the others go on: with restarts, xdist 3.8 hands it the same file again and can wait for ever.
         parallel = ["-n", str(workers), "--dist=loadfile", "--max-worker-restart=0"]
@@ -163,12 +166,12 @@ def print_table(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--phase", choices=[phase.name for phase in PHASES])
+    parser.add_argument("--phase", choices=[phase.name for phase in (*PHASES, GPU)])
     args = parser.parse_args()
     # End by an exception, so that run_bounded gets to clean up behind itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     names = (args.phase,) if args.phase else FAST if args.fast else tuple(phase.name for phase in PHASES)
-    results = [run_phase(phase, args.fast) for phase in PHASES if phase.name in names]
+    results = [run_phase(phase, args.fast) for phase in (*PHASES, GPU) if phase.name in names]
     print_table(results)
     return 0 if all(result.ok for result in results) else 1
 

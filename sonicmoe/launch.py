@@ -43,6 +43,16 @@ def arch(tensor) -> str:
     return _arch(tensor.device.index)
 
 
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(tensor) -> int:
+    """How many the tensor's device has: a persistent kernel starts so many blocks."""
+    return _multiprocessors(tensor.device.index)
+
+
 def cut(whole, sizes: list[int]) -> list:
     """A flat tensor as consecutive views. One call where the framework's split makes views, slices where it copies."""
     split = getattr(torch, "split_with_sizes", None)

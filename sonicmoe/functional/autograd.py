@@ -1,0 +1,156 @@
+"""torch autograd over the engine.
+
+x, the scores and both weights are inputs of one autograd node. The gradient of a weight takes one of two ways:
+
+- ordinary: backward returns it in the weight's dtype. Where that is the type of the computation the stages write it
+  there directly, so no fp32 copy of the weights' size exists.
+- ``weight.main_grad`` is a tensor (fp32, the weight's shape): backward adds to it in place, in fp32, and autograd gets
+  None, so that ``.grad`` stays as it was. A weight that has the attribute ``grad_added_to_main_grad`` belongs to
+  Megatron, which waits for its hook and throws the gradient away: it gets that flag set and an uninitialised gradient
+  (zeros under ``zero_out_wgrad``).
+"""
+
+import threading
+
+import torch
+
+from .. import checks
+from ..expert_mlp import ExpertWeights, GradBuffers, QuantTensor, Saved
+from ..expert_mlp import backward as engine_backward
+from ..expert_mlp import forward as engine_forward
+from ..gemm.plan import Plan
+from ..quant.naive import quantize_weights
+from ..routing.metadata import Routing
+from ..wgrad_deferral import offer_wgrad
+from .streams import without_autocast
+
+# Two threads may run backwards through the same weights.
+_main_grad_lock = threading.Lock()
+
+
+def apply_experts(x, scores, w1_EFH, w2_EHI, routing: Routing, plan: Plan, inference: bool = False):
+    """out [T,H] on the tape. ``scores`` [T,K], or [S] for a list of slots, are those that ``routing`` was made from.
+
+    Where nothing wants a gradient, or under ``inference``, nothing is kept for a backward.
+    """
+    inputs = (x, scores, w1_EFH, w2_EHI)
+    if torch.is_grad_enabled() and not inference and any(tensor.requires_grad for tensor in inputs):
+        return _Experts.apply(*inputs, routing, plan)
+    with torch.no_grad(), without_autocast(x):
+        return engine_forward(x, routing, _engine_weights(w1_EFH, w2_EHI, plan), plan, keep=False)[0]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scores, w1, w2, routing, plan):
+        ctx.owner1 = w1 if main_grad_of("w1", w1) is not None else None
+        ctx.owner2 = w2 if main_grad_of("w2", w2) is not None else None
+        with without_autocast(x):
+            out, saved = engine_forward(x, routing, _engine_weights(w1, w2, plan), plan)
+        z_parts, ctx.z_block = _apart(saved.z)
+        # Weights as given: copies of them in another type are made again by backward and not kept in between.
+        ctx.save_for_backward(x, w1, w2, *z_parts)
+        ctx.routing, ctx.plan, ctx.scores_dtype = routing, plan, scores.dtype
+        ctx.z_turns = iter((True,))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        x, w1, w2, *z_parts = ctx.saved_tensors
+        need_dx, need_ds, need1, need2 = ctx.needs_input_grad[:4]
+        plan, z = ctx.plan, None
+        # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
+        if next(ctx.z_turns, False):
+            z = _together(z_parts, ctx.z_block)
+        with without_autocast(x):
+            saved = Saved(x=x, z=z, routing=ctx.routing, weights=_engine_weights(w1, w2, plan), plan=plan)
+            z = z_parts = None  # the engine's alone now
+            dw2 = None
+
+            def deliver_dw2(wgrad):
+                nonlocal dw2
+                if need2:
+                    dw2 = _weight_grad("w2", w2, ctx.owner2, _into_dw2, wgrad)
+
+            grads = engine_backward(
+                saved, dout.contiguous(), need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2,
+                before_dx=deliver_dw2,
+            )  # fmt: skip
+            dw1 = _weight_grad("w1", w1, ctx.owner1, _into_dw1, grads.wgrad) if need1 else None
+        ds = None if grads.ds is None else grads.ds.to(ctx.scores_dtype)
+        return grads.dx, ds, dw1, dw2, None, None
+
+
+def _engine_weights(w1, w2, plan: Plan) -> ExpertWeights:
+    storage = getattr(torch, plan.storage)
+    w1, w2 = w1.detach().to(storage), w2.detach().to(storage)
+    hidden, intermediate = int(w2.shape[1]), int(w2.shape[2])
+    if plan.recipe is None:
+        return ExpertWeights(w1, w2, None, hidden, intermediate)
+    return ExpertWeights(None, None, quantize_weights(w1, w2, plan.recipe), hidden, intermediate)
+
+
+def _apart(z):
+    """(tensors, block) of what the engine kept of z: a tensor, an FP8 tensor with its scales, or nothing."""
+    if z is None:
+        return (), None
+    return ((z.data, z.scale), z.block) if isinstance(z, QuantTensor) else ((z,), None)
+
+
+def _together(parts, block):
+    # .data: an alias with a version counter of its own, so that writing to it is nobody's in-place change.
+    parts = [part.data for part in parts]
+    if not parts:
+        return None
+    return parts[0] if block is None else QuantTensor(*parts, block)
+
+
+def main_grad_of(name: str, weight):
+    """The fp32 tensor that this weight's gradient is added to, or None. One of another kind is an error: adding to it
+    would lose digits, or go to the wrong place."""
+    grad = getattr(weight, "main_grad", None)
+    if grad is not None:
+        name = f"{name}.main_grad"
+        checks.require_tensor(name, grad)
+        checks.require_shape(name, grad, checks.shape_of(weight), "the weight's shape")
+        checks.require_dtype(name, grad, ("float32",))
+        checks.require_contiguous(name, grad)
+        checks.require_same_place(name, grad, "the weight", weight)
+    return grad
+
+
+def _into_dw1(wgrad, buffer, everyone, overwrite: bool) -> None:
+    wgrad.accumulate_dw1(GradBuffers(buffer, None, False, everyone, everyone, overwrite))
+
+
+def _into_dw2(wgrad, buffer, everyone, overwrite: bool) -> None:
+    wgrad.accumulate_dw2(GradBuffers(None, buffer, False, everyone, everyone, overwrite))
+    wgrad.pa = None  # before dx by slot takes its own memory
+
+
+def _weight_grad(point: str, weight, owner, into, wgrad):
+    """What autograd gets for one weight; see the two ways above."""
+    everyone = (True,) * int(weight.shape[0])
+    if owner is None:
+        direct = checks.dtype_name(weight) == wgrad.plan.storage
+        make, dtype = (torch.empty, weight.dtype) if direct else (torch.zeros, torch.float32)
+        grad = make(weight.shape, dtype=dtype, device=weight.device)
+        into(wgrad, grad, everyone, direct)
+        return grad.to(weight.dtype)
+
+    def add():
+        main_grad = main_grad_of(point, owner)
+        if main_grad is None:
+            raise RuntimeError(f"{point}.main_grad: was there in forward and is gone in backward")
+        with _main_grad_lock, torch.no_grad(), without_autocast(main_grad):
+            into(wgrad, main_grad, everyone, False)
+
+    if offer_wgrad(point, owner, add):
+        return None
+    add()
+    if not hasattr(owner, "grad_added_to_main_grad"):
+        return None
+    owner.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(owner, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)

@@ -1,0 +1,57 @@
+"""Where the torch-facing calls meet torch's own state: its device, the stream they run on, and autocast, which they
+run without.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from .. import checks
+from ..gemm.plan import Plan, make_plan
+from ..launch import arch, current_stream, raw_stream
+
+if torch.Tensor.__module__.partition(".")[0] != "torch":  # Paddle's proxy stands in for it
+    raise ImportError(
+        "sonicmoe's torch layer needs torch, but in this process `torch` means Paddle; use SonicMoEMlpNode or "
+        "run_sonic_moe"
+    )
+
+
+@contextmanager
+def on_stream(stream_id, tensor):
+    """Run the block on ``stream_id``: a handle, a Stream object, or None for the current stream.
+
+    Another stream than the current one waits for what was queued on that before, and the current one for the block:
+    the caller's tensors are safe without events of his own.
+    """
+    handle = raw_stream(stream_id)
+    if handle is None or not tensor.is_cuda or handle == current_stream(tensor):
+        yield
+        return
+    outside = torch.cuda.current_stream(tensor.device)
+    inside = torch.cuda.ExternalStream(handle, device=tensor.device)
+    inside.wait_stream(outside)
+    with torch.cuda.stream(inside):
+        yield
+    outside.wait_stream(inside)
+
+
+def plan_for(x, activation, config, x_name: str = "x") -> Plan:
+    """A plan for rows like ``x``."""
+    checks.require_dtype(x_name, x, checks.FLOAT_DTYPES)
+    where = {"device": x.device.type, "arch": arch(x) if x.is_cuda else None}
+    return make_plan(config, activation, storage=checks.dtype_name(x), x_name=x_name, **where)
+
+
+def without_autocast(tensor):
+    """The engine chooses its types itself; autocast would round the float32 steps between them."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def compute_input(x):
+    """x in the type that the experts compute in: its own, but autocast's where autocast narrows float32."""
+    device = x.device.type
+    if x.dtype is torch.float32 and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return x.contiguous()

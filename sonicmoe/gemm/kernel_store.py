@@ -1,0 +1,166 @@
+"""Compiled GEMMs: made by child processes that need no GPU, kept as object files, loaded by TVM-FFI.
+
+    <cache>/gemm/<tools>/<key>.o        one kernel; <key> says what it computes, <tools> what compiled it
+    <cache>/gemm/<tools>/<key>.json     its SHA-256 and its description
+    <cache>/locks/gemm-<tools>.lock     held by the one process that compiles; the others wait and then find
+
+The rules are those of ``jit.py``: nothing half-written under a final name, nothing run that another user could have
+written or whose hash is wrong, one clear line where something cannot be had.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .. import cache_safety
+from ..cache_safety import JitUnavailable, UnsafeCache
+from ..jit import LOCK_TIMEOUT_S, build_lock
+from .gemm_kernel import GemmKernel
+
+_CHILD = Path(__file__).with_name("quack_compile.py")
+_TOOLS = ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+_FUNCTION = "gemm"
+
+
+@cache
+def _tool_versions() -> tuple[str, ...]:
+    try:
+        return tuple(metadata.version(name) for name in _TOOLS)
+    except metadata.PackageNotFoundError as missing:
+        raise JitUnavailable(f"{missing.name} is not installed; pip install 'sonicmoe[gpu]'") from None
+
+
+@cache
+def _tool_key() -> str:
+    text = " ".join(_tool_versions()).encode() + b"\0" + _CHILD.read_bytes()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _folder(cache_dir: Path) -> Path:
+    return cache_dir / "gemm" / _tool_key()
+
+
+def _intact(folder: Path, kernel: GemmKernel) -> bool:
+    try:
+        wanted = json.loads((folder / f"{kernel.key()}.json").read_text())["sha256"]
+        return hashlib.sha256((folder / f"{kernel.key()}.o").read_bytes()).hexdigest() == wanted
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def present(kernels: list[GemmKernel], cache_dir: Path) -> list[GemmKernel]:
+    """Those that are compiled already."""
+    return [kernel for kernel in kernels if _intact(_folder(cache_dir), kernel)]
+
+
+def _start_child(kernels: list[GemmKernel], scratch: Path) -> subprocess.Popen:
+    number = kernels[0].arch.removeprefix("sm_").rstrip("af")
+    command = [
+        "env", "CUDA_VISIBLE_DEVICES=", f"QUACK_ARCH={number}", f"CUTE_DSL_ARCH={kernels[0].arch}",
+        sys.executable, "-P", str(_CHILD), str(scratch),
+    ]  # fmt: skip
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    records = [{"key": kernel.key(), "kernel": asdict(kernel)} for kernel in kernels]
+    child.stdin.write(json.dumps(records))
+    child.stdin.close()
+    child.stdin = None  # communicate() would flush it again
+    return child
+
+
+def _compile(kernels: list[GemmKernel], scratch: Path) -> None:
+    """Spread over one process a core. All of them are waited for, whatever happens to one."""
+    shares = min(len(kernels), len(os.sched_getaffinity(0)))
+    children = [_start_child(kernels[share::shares], scratch) for share in range(shares)]
+    failures = []
+    for child in children:
+        _, said = child.communicate()
+        if child.returncode:
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            failures.append(lines[-1] if lines else f"exit status {child.returncode}")
+    if failures:
+        raise JitUnavailable(f"compiling GEMM kernels failed: {failures[0]}")
+
+
+def _install(kernel: GemmKernel, scratch: Path, folder: Path) -> None:
+    """The record last: an object without one counts as absent."""
+    made = scratch / f"{kernel.key()}.o"
+    record = {"sha256": hashlib.sha256(made.read_bytes()).hexdigest(), "kernel": asdict(kernel)}
+    note = scratch / f"{kernel.key()}.json"
+    note.write_text(json.dumps(record, indent=1))
+    (folder / note.name).unlink(missing_ok=True)
+    for path in (made, note):
+        path.chmod(0o644)
+        path.replace(folder / path.name)
+
+
+def _build_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
+    folder = _folder(cache_dir)
+    cache_safety.make_private(cache_dir, "gemm", "locks")
+    cache_safety.make_private(folder)
+    with build_lock(cache_dir / "locks" / f"gemm-{_tool_key()}.lock", LOCK_TIMEOUT_S):
+        missing = [kernel for kernel in kernels if not _intact(folder, kernel)]
+        if not missing:
+            return  # another process made them while we waited
+        for orphan in folder.glob(".scratch-*"):  # we hold the lock: its maker is dead
+            shutil.rmtree(orphan, ignore_errors=True)
+        scratch = folder / f".scratch-{uuid.uuid4().hex}"
+        scratch.mkdir(mode=0o700)
+        try:
+            _compile(missing, scratch)
+        finally:
+            for kernel in missing:
+                if (scratch / f"{kernel.key()}.o").exists():  # also of a set in which another one failed
+                    _install(kernel, scratch, folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open(folder: Path, kernel: GemmKernel):
+    from cutlass.cute.runtime import load_module  # a GPU machine's package; nothing else here needs it
+
+    path = folder / f"{kernel.key()}.o"
+    for place in (path, path.with_suffix(".json"), folder):
+        cache_safety.require_private(place)
+    return load_module(str(path), enable_tvm_ffi=True)[_FUNCTION]
+
+
+_loaded: dict[tuple[GemmKernel, Path], object] = {}
+_loading = threading.Lock()
+
+
+def load(kernels: list[GemmKernel], cache_dir: Path) -> list:
+    """The functions of ``kernels``, in order. What is missing is compiled first, all of it at the same time."""
+    wanted = [(kernel, cache_dir) for kernel in kernels]
+    if not all(key in _loaded for key in wanted):
+        with _loading:
+            _load_missing([kernel for kernel, _ in wanted if (kernel, cache_dir) not in _loaded], cache_dir)
+    return [_loaded[key] for key in wanted]
+
+
+def _load_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
+    kernels = list(dict.fromkeys(kernels))
+    try:
+        folder = _folder(cache_dir)
+        if not all(_intact(folder, kernel) for kernel in kernels):
+            _build_missing(kernels, cache_dir)
+        for kernel in kernels:
+            _loaded[kernel, cache_dir] = _open(folder, kernel)
+    except UnsafeCache:
+        raise
+    except ImportError as error:
+        raise JitUnavailable(f"cannot load GEMM kernels: {error}; pip install 'sonicmoe[gpu]'") from error
+    except OSError as error:
+        raise JitUnavailable(
+            f"cannot keep GEMM kernels in {cache_dir}: {error.strerror or error}; set SONIC_MOE_CACHE_DIR to a folder "
+            "with room that can be written"
+        ) from error

@@ -1,0 +1,192 @@
+"""The stages on Hopper in 16-bit types: six grouped GEMMs with gather, activation and gradients in their epilogues.
+
+``naive`` is the definition. Legend in ``api.py``. Nothing here waits for the device, and no size that depends on the
+number of tokens decides what is compiled.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from ..cache_safety import JitUnavailable
+from ..quant import naive as quant
+from ..quant.formats import QuantTensor
+from . import grouped, kernel_store
+from .gemm_kernel import GemmKernel
+from .plan import Plan
+from .tile_table import TILES
+
+if find_spec("triton") is not None:
+    from ..routing import triton_combine
+else:
+    triton_combine = None
+
+# A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
+OVERWRITES_Z = True
+
+
+def _kernel(op: str, storage: str, tile: str | None = None, **facts) -> GemmKernel:
+    return GemmKernel(op=op, tile=TILES[tile or op], storage=storage, **facts)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """All that one plan can launch, so that what is missing compiles at the same time and not one by one."""
+
+    up: GemmKernel
+    up_z: GemmKernel
+    down: GemmKernel
+    dx: GemmKernel
+    down_backward: GemmKernel
+    wgrads: dict  # (transposed, out, accumulate) -> GemmKernel
+    run: dict  # GemmKernel -> function
+
+
+_WGRADS = [
+    (transposed, out, accumulate)
+    for transposed in (False, True)
+    for out, accumulate in ((None, False), ("float32", True))
+]
+
+
+@cache
+def kernels(plan: Plan) -> _Set:
+    storage = plan.storage
+    curve = {"activation": plan.activation.value, "clamp": plan.clamp}
+    wgrads = {key: _kernel("wgrad", storage, transposed=key[0], out=key[1], accumulate=key[2]) for key in _WGRADS}
+    chosen = {
+        "up": _kernel("up", storage, **curve),
+        "up_z": _kernel("up_z", storage),
+        "down": _kernel("rows", storage, "down"),
+        "dx": _kernel("rows", storage, "dx", transposed=True),
+        "down_backward": _kernel("down_backward", storage, **curve),
+    }
+    wanted = [*chosen.values(), *wgrads.values()]
+    run = dict(zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True))
+    return _Set(**chosen, wgrads=wgrads, run=run)
+
+
+def combine():
+    if triton_combine is None:
+        raise JitUnavailable("triton is not installed; pip install triton")
+    return triton_combine
+
+
+def _empty(out, sizes, dtype, like):
+    return torch.empty(sizes, dtype=dtype, device=like.device) if out is None else out
+
+
+def prepare_rows(x, plan):
+    """Rows as 16-byte loads can read them. A gradient may come as an expanded view or in another type."""
+    dtype = getattr(torch, plan.storage)
+    if isinstance(x, QuantTensor):
+        return quant.dequantize(x).to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def up_projection(x_rows, weights, routing, plan, need_a, out=None):
+    chosen, dtype = kernels(plan), getattr(torch, plan.storage)
+    out_z, out_a = out or (None, None)
+    z = _empty(out_z, [routing.n_rows, plan.width(weights.intermediate_size)], dtype, x_rows)
+    a = _empty(out_a, [routing.n_rows, weights.intermediate_size], dtype, x_rows) if need_a else None
+    if routing.n_rows:
+        where = (routing.expert_offset, routing.x_gather_idx)
+        if need_a:
+            grouped.up(chosen.run[chosen.up], chosen.up, x_rows, weights.w1_EFH, z, a, *where)
+        else:
+            grouped.up_z(chosen.run[chosen.up_z], chosen.up_z, x_rows, weights.w1_EFH, z, *where)
+    return z, a
+
+
+def _rows(kernel, run, a, b, columns, routing, out):
+    y = _empty(out, [routing.n_rows, columns], a.dtype, a)
+    if routing.n_rows:
+        grouped.rows(run, kernel, a, b, y, routing.expert_offset)
+    return y
+
+
+def down_projection(a, weights, routing, plan, out=None):
+    chosen = kernels(plan)
+    return _rows(chosen.down, chosen.run[chosen.down], a, weights.w2_EHI, weights.hidden_size, routing, out)
+
+
+def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
+    """dz takes z's place unless the caller gives a tensor for it. p*a is a by-product, needed or not."""
+    chosen = kernels(plan)
+    columns = -(-weights.intermediate_size // chosen.down_backward.tile.n)
+    out_dz, out_pa = out or (None, None)
+    dz = z if out_dz is None else out_dz
+    pa = _empty(out_pa, [routing.n_rows, weights.intermediate_size], z.dtype, z)
+    parts = torch.empty([routing.n_rows, columns], dtype=torch.float32, device=z.device)
+    if routing.n_rows:
+        score_M = routing.scores.index_select(0, routing.s_scatter_idx)
+        kernel, where = chosen.down_backward, (routing.expert_offset, routing.x_gather_idx)
+        tensors = (dout_rows, weights.w2_EHI, z, dz, score_M, pa, parts)
+        grouped.down_backward(chosen.run[kernel], kernel, *tensors, *where)
+    return dz, pa if need_wgrad else None, parts
+
+
+def score_gradient(ds_parts, routing, plan):
+    return combine().finish_ds(ds_parts, routing)
+
+
+def sum_slots(rows, routing, plan, scores=None):
+    return combine().sum_slots(rows, routing, getattr(torch, plan.storage), scores)
+
+
+def up_projection_backward(dz, weights, routing, plan, out=None):
+    chosen = kernels(plan)
+    w1_t = weights.w1_EFH.transpose(1, 2)
+    return _rows(chosen.dx, chosen.run[chosen.dx], dz, w1_t, weights.hidden_size, routing, out)
+
+
+def _wgrad(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):
+    """``target`` is a view with the columns of ``left`` first; ``transposed`` tells how it lies."""
+    if not any(experts):
+        return
+    if not all(experts):
+        _wgrad_of_some(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers)
+        return
+    if not routing.n_rows:
+        if buffers.overwrite:
+            target_ECN.zero_()
+        return
+    chosen = kernels(plan)
+    dtype = str(target_ECN.dtype).rsplit(".", 1)[-1]
+    out = None if dtype == plan.storage else dtype
+    kernel = chosen.wgrads.get((transposed, out, not buffers.overwrite))
+    if kernel is None:
+        raise TypeError(
+            f"weight gradient: got a {dtype} tensor to {'fill' if buffers.overwrite else 'add to'}, need "
+            f"{plan.storage if buffers.overwrite else 'float32'}"
+        )
+    left_TC = prepare_rows(left_TC, plan)
+    grouped.wgrad(
+        chosen.run[kernel], kernel, left_TC, right_MN, target_ECN, routing.expert_offset, routing.x_gather_idx
+    )
+
+
+def _wgrad_of_some(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):
+    """Frozen experts beside trained ones: all are computed aside, and the trained ones delivered."""
+    whole = torch.empty_like(target_ECN) if buffers.overwrite else torch.zeros_like(target_ECN)
+    everyone = (True,) * len(experts)
+    _wgrad(left_TC, right_MN, whole, transposed, everyone, routing, plan, buffers)
+    for expert, wanted in enumerate(experts):
+        if wanted:
+            target, found = target_ECN[expert], whole[expert]
+            target.copy_(found) if buffers.overwrite else target.add_(found)
+
+
+def accumulate_dw1(dz, x, routing, plan, buffers):
+    _wgrad(x, dz, buffers.dw1_EFH.transpose(1, 2), True, buffers.experts1, routing, plan, buffers)
+
+
+def accumulate_dw2(pa, dout, routing, plan, buffers):
+    target = buffers.dw2.transpose(1, 2) if buffers.w2_grouped else buffers.dw2
+    _wgrad(dout, pa, target, buffers.w2_grouped, buffers.experts2, routing, plan, buffers)

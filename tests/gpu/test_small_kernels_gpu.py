@@ -1,0 +1,134 @@
+"""The small Triton kernels on a GPU: their definitions' results, and the rate at which they move memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sonicmoe.quant import triton_fingerprint
+from sonicmoe.routing import naive, triton_combine, triton_topk
+from tests.support import children, small_kernels
+from tests.workers.jit_routings import distinct, elsewhere, holes, skewed, uniform
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.device("cuda", 0)
+LARGE = [(4096, 8, 64, 128, distinct), (3000, 9, 40, 1, holes), (1000, 32, 128, 32, elsewhere), (2048, 4, 8, 1, skewed)]
+
+
+EVERY_CHECK = [check for checks in small_kernels.CHECKS.values() for check in checks]
+
+
+@pytest.mark.parametrize("check", EVERY_CHECK, ids=lambda check: check.__name__)
+def test_small_cases(check):
+    assert check(GPU) == []
+
+
+def test_sum_slots_at_size():
+    assert small_kernels.check_sum_slots(GPU, (3072, 1000), LARGE) == []
+
+
+def test_finish_ds_at_size():
+    assert small_kernels.check_finish_ds(GPU, (12, 24, 7), LARGE) == []
+
+
+def test_list_of_slots_at_size():
+    assert small_kernels.check_list_of_slots(GPU, 30000, 2000) == []
+
+
+def test_topk_at_size():
+    shapes = [(8192, 64, 8), (777, 1000, 32), (4097, 96, 6)]
+    assert small_kernels.check_topk(GPU, shapes) == []
+    assert small_kernels.check_topk_backward(GPU, shapes) == []
+
+
+def test_rows_past_two_billion_elements():
+    """Offsets of 64 bits: the last rows of 4.5 GB are those that are read and written."""
+    width, n_tokens = 4096, 2**19 + 64
+    routing = small_kernels.make_routing(small_kernels.np.random.default_rng(0), n_tokens, 1, 1, 1, uniform, GPU)
+    rows = torch.empty(n_tokens, width, dtype=torch.bfloat16, device=GPU)
+    rows.copy_(torch.arange(n_tokens, device=GPU).remainder(251).reshape(-1, 1))
+    out = triton_combine.sum_slots(rows, routing, torch.bfloat16)
+    assert torch.equal(out, rows)  # one slot a token, one expert: sorted order is the tokens' own
+
+
+def test_repeats_are_the_same_bits():
+    rng = small_kernels.np.random.default_rng(5)
+    routing = small_kernels.make_routing(rng, 4096, 8, 64, 128, distinct, GPU)
+    rows = small_kernels.make_rows(rng, routing, 2048, torch.bfloat16, GPU)
+    parts = small_kernels.make_rows(rng, routing, 12, torch.float32, GPU)
+    logits = torch.randn(4096, 128, device=GPU)
+    weights = [torch.randn(999_999, device=GPU), torch.randn(7, device=GPU).bfloat16()]
+
+    def everything():
+        scores, indices = triton_topk.topk_softmax_forward(logits, 8)
+        return [
+            triton_combine.sum_slots(rows, routing, torch.bfloat16, routing.scores),
+            triton_combine.finish_ds(parts, routing),
+            scores,
+            indices,
+            triton_topk.topk_softmax_backward(scores, scores, indices, 128, torch.bfloat16),
+            triton_fingerprint.fingerprint(weights).state,
+        ]
+
+    first = everything()
+    for _ in range(20):
+        for one, other in zip(first, everything(), strict=True):
+            assert small_kernels.same_bits(one, other)
+
+
+def test_new_token_counts_compile_nothing():
+    kernels = (triton_combine._sum_slots, triton_combine._finish_ds, triton_topk._topk_softmax)
+
+    def count():
+        return [len(kernel.device_caches[GPU.index][0]) for kernel in kernels]
+
+    def run(n_tokens):
+        rng = small_kernels.np.random.default_rng(n_tokens)
+        routing = small_kernels.make_routing(rng, n_tokens, 3, 16, 1, distinct, GPU)
+        rows = small_kernels.make_rows(rng, routing, 1234, torch.bfloat16, GPU)
+        triton_combine.sum_slots(rows, routing, torch.bfloat16)
+        triton_combine.finish_ds(rows[:, :11].float(), routing)
+        triton_topk.topk_softmax_forward(torch.randn(n_tokens, 48, device=GPU), 3)
+
+    run(17)
+    before = count()
+    for n_tokens in (1, 2, 16, 32, 33, 1024, 4097):
+        run(n_tokens)
+    assert count() == before
+
+
+def test_graph_capture():
+    """No wait and no allocation outside the graph's pool: a graph replays with new contents."""
+    rng = small_kernels.np.random.default_rng(7)
+    routing = small_kernels.make_routing(rng, 512, 4, 16, 1, distinct, GPU)
+    rows = small_kernels.make_rows(rng, routing, 256, torch.bfloat16, GPU)
+    weights = [torch.randn(5000, device=GPU)]
+    known = triton_fingerprint.fingerprint(weights)
+
+    def step():
+        flag = triton_fingerprint.fingerprint(weights, known.state, known.table).changed
+        return triton_combine.sum_slots(rows, routing, torch.bfloat16), flag
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, changed = step()
+    rows.neg_()
+    weights[0][3] += 1
+    graph.replay()
+    assert torch.equal(out, naive.sum_slots(rows, routing, torch.bfloat16)) and changed.tolist() == [1]
+
+
+@pytest.mark.slow
+def test_rates(tmp_path):
+    """Prints what each kernel reaches beside a copy; the combine at full size is held to 85% of the copy's rate."""
+    table = tmp_path / "small.csv"
+    command = [sys.executable, "benchmarks/small_kernels.py", "--csv", str(table)]
+    done = subprocess.run(command, cwd=children.ROOT, capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if "T=8192 K=8 H=3072" in line)
+    assert float(line.split()[-1]) >= 0.85, line

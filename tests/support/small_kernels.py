@@ -1,0 +1,369 @@
+"""The small Triton kernels beside their definitions, on any device: in the interpreter, or on a GPU.
+
+Each check returns what differed, as lines; an empty list is success. Only for processes with a real torch.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+from sonicmoe import SonicMoEConfig
+from sonicmoe.quant import triton_fingerprint
+from sonicmoe.routing import metadata, naive, pairs, triton_combine, triton_topk
+from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
+
+NAIVE = SonicMoEConfig(metadata_backend="naive")
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor):
+    """Values as integers: a NaN equals itself, and -0 does not equal 0."""
+    return tensor.contiguous().view(INTEGER[tensor.element_size()])
+
+
+def same_bits(left, right) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+
+
+def same_rounding(found, wanted) -> bool:
+    """The same bits; but the interpreter cuts bf16 off where a GPU rounds, so there it may be one step nearer to 0."""
+    if found.device.type != "cpu" or found.dtype != torch.bfloat16:
+        return same_bits(found, wanted)
+    steps = bits(wanted).int() - bits(found).int()
+    return found.shape == wanted.shape and bool(((steps == 0) | (steps == 1)).all())
+
+
+def relative(found, wanted) -> float:
+    """||found - wanted|| / ||wanted||; NaN never passes a comparison with a bound."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def make_routing(rng, n_tokens, topk, n_experts, block, kind, device):
+    indices = torch.from_numpy(kind(rng, (n_tokens, topk), n_experts).astype(np.int64)).to(device)
+    probs = torch.from_numpy(rng.standard_normal((n_tokens, topk)).astype(np.float32)).to(device)
+    return metadata.build(indices, probs, n_experts, block, NAIVE)
+
+
+def make_rows(rng, routing, width, dtype, device):
+    """Values of many sizes, so that another order of additions shows; NaN in the rows that nobody may read."""
+    values = rng.standard_normal((routing.n_rows, width)) * 10.0 ** rng.integers(-3, 4, (routing.n_rows, 1))
+    rows = torch.full((routing.n_rows, width), float("nan"), dtype=dtype, device=device)
+    used = routing.s_reverse_scatter_idx.long()
+    rows[used] = torch.from_numpy(values.astype(np.float32)).to(device=device, dtype=dtype)[used]
+    return rows
+
+
+ROUTINGS = [
+    # T, K, E, block, kind
+    (7, 2, 4, 1, uniform),
+    (9, 8, 16, 32, distinct),
+    (5, 9, 12, 1, holes),
+    (3, 32, 40, 32, elsewhere),
+    (4, 10, 8, 1, skewed),
+    (1, 1, 1, 32, uniform),
+    (6, 3, 4, 1, nothing),
+    (0, 4, 4, 1, uniform),
+]
+
+
+def routings(device, shapes=ROUTINGS):
+    for number, (n_tokens, topk, n_experts, block, kind) in enumerate(shapes):
+        rng = np.random.default_rng(number)
+        about = f"T={n_tokens} K={topk} E={n_experts} block={block} {kind.__name__}"
+        yield rng, make_routing(rng, n_tokens, topk, n_experts, block, kind, device), about
+
+
+def check_sum_slots(device, widths=(8, 40, 1100), shapes=ROUTINGS):
+    types = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+    types += [(torch.float16, torch.float16)]
+    found = []
+    for rng, routing, about in routings(device, shapes):
+        for number, (width, weighted) in enumerate(itertools.product(widths, (False, True))):
+            rows_type, out_type = types[(number + routing.n_tokens) % len(types)]
+            rows = make_rows(rng, routing, width, rows_type, device)
+            scores = routing.scores if weighted else None
+            wanted = naive.sum_slots(rows, routing, out_type, scores)
+            out = torch.full_like(wanted, float("nan"))
+            given = triton_combine.sum_slots(rows, routing, out_type, scores, out)
+            made = triton_combine.sum_slots(rows, routing, out_type, scores)
+            if given is not out or not same_bits(out, made) or not same_rounding(made, wanted):
+                found.append(f"sum_slots {about} H={width} {rows_type} -> {out_type} weighted={weighted}")
+    return found
+
+
+def check_order_of_addition(device):
+    """Three slots whose sum depends on the order: 2^24 + 1 + 1 loses both ones, 1 + 1 + 2^24 neither."""
+    probs = torch.ones((2, 3), device=device)
+    indices = torch.tensor([[2, 1, 0], [0, 1, 2]], device=device)  # rows lie in the opposite order for token 0
+    routing = metadata.build(indices, probs, 3, 1, NAIVE)
+    values = torch.tensor([[2.0**24, 1.0, 1.0], [1.0, 1.0, 2.0**24]], device=device)
+    rows = torch.empty((6, 4), device=device)
+    rows[routing.s_reverse_scatter_idx.long()] = values.reshape(6, 1).expand(6, 4)
+    out = triton_combine.sum_slots(rows, routing, torch.float32)
+    wanted = [[2.0**24] * 4, [2.0**24 + 2] * 4]
+    return [] if out.tolist() == wanted else [f"order of addition: {out.tolist()}"]
+
+
+def ordered_sum(partials):
+    """[M,B] -> [M], from left to right."""
+    total = torch.zeros_like(partials[:, 0])
+    for column in range(partials.shape[1]):
+        total = total + partials[:, column]
+    return total
+
+
+def check_finish_ds(device, columns=(1, 3, 4, 12), shapes=ROUTINGS):
+    found = []
+    for rng, routing, about in routings(device, shapes):
+        for n_columns in columns:
+            partials = make_rows(rng, routing, n_columns, torch.float32, device)
+            by_slot = ordered_sum(partials).index_select(0, routing.s_reverse_scatter_idx.long())
+            wanted = naive.scatter_slot_grads(by_slot, routing)
+            if not same_bits(triton_combine.finish_ds(partials, routing), wanted):
+                found.append(f"finish_ds {about} columns={n_columns}")
+            if n_columns == 1 and not same_bits(triton_combine.finish_ds(partials[:, 0], routing), wanted):
+                found.append(f"finish_ds {about} of one part a row")
+    return found
+
+
+def check_list_of_slots(device, n_slots=50, n_tokens=9):
+    """Any number of slots a token, and K is not known."""
+    rng = np.random.default_rng(1)
+    tokens = torch.from_numpy(np.sort(rng.integers(0, n_tokens - 1, n_slots))).to(device)
+    experts = torch.from_numpy(rng.integers(0, 5, n_slots)).to(device)
+    scores = torch.from_numpy(rng.standard_normal(n_slots).astype(np.float32)).to(device)
+    routing = pairs.build(tokens, experts, scores, n_tokens, 5, 4, NAIVE)
+    found = []
+    rows = make_rows(rng, routing, 24, torch.bfloat16, device)
+    wanted = naive.sum_slots(rows, routing, torch.bfloat16, routing.scores)
+    if not same_rounding(triton_combine.sum_slots(rows, routing, torch.bfloat16, routing.scores), wanted):
+        found.append("sum_slots of a list of slots")
+    partials = make_rows(rng, routing, 4, torch.float32, device)
+    wanted = ordered_sum(partials).index_select(0, routing.s_reverse_scatter_idx.long())
+    if not same_bits(triton_combine.finish_ds(partials, routing), naive.scatter_slot_grads(wanted, routing)):
+        found.append("finish_ds of a list of slots")
+    return found
+
+
+# ---- Top-k -----------------------------------------------------------------------------------------------------------
+
+TOPKS = [(5, 8, 2), (9, 32, 4), (7, 64, 8), (3, 100, 5), (4, 256, 8), (2, 1024, 32), (6, 3, 3), (1, 1, 1), (0, 16, 2)]
+
+
+def draw_logits(rng, n_tokens, n_experts, kind, dtype, device):
+    logits = rng.standard_normal((n_tokens, n_experts)) * 3
+    if kind == "ties":
+        logits = rng.integers(-2, 1, logits.shape).astype(np.float64)
+        logits[logits == 0] = -0.0
+        logits[:, ::2] += 0.0  # -0 beside 0, which are equal
+    if kind == "wild":
+        specials = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]
+        logits = np.where(rng.random(logits.shape) < 0.4, rng.choice(specials, logits.shape), logits)
+    if kind == "-inf":
+        logits[:, : max(1, n_experts - 1)] = -np.inf
+    return torch.from_numpy(logits.astype(np.float32)).to(device=device, dtype=dtype)
+
+
+def wanted_topk(logits, k):
+    """Stable sort on the CPU; torch takes NaN for the largest."""
+    values, order = torch.sort(logits.float().cpu(), dim=1, descending=True, stable=True)
+    return torch.softmax(values[:, :k], dim=1), order[:, :k].to(torch.int32)
+
+
+def check_topk(device, shapes=TOPKS):
+    found = []
+    dtypes, kinds = (torch.bfloat16, torch.float32, torch.float16, torch.float64), ("plain", "ties", "wild", "-inf")
+    for number, ((n_tokens, n_experts, k), kind) in enumerate(itertools.product(shapes, kinds)):
+        for dtype in (dtypes[number % 4], dtypes[(number + 1) % 2]):
+            rng = np.random.default_rng(number)
+            about = f"topk T={n_tokens} E={n_experts} k={k} {kind} {dtype}"
+            logits = draw_logits(rng, n_tokens, n_experts, kind, dtype, device)
+            scores, indices = triton_topk.topk_softmax_forward(logits, k)
+            wanted_scores, wanted_indices = wanted_topk(logits, k)
+            if indices.dtype != torch.int32 or not torch.equal(indices.cpu(), wanted_indices):
+                found.append(f"{about}: ids")
+            if scores.dtype != torch.float32 or not torch.equal(scores.isnan().cpu(), wanted_scores.isnan()):
+                found.append(f"{about}: NaN")
+            elif n_tokens and not relative(scores.cpu().nan_to_num(), wanted_scores.nan_to_num()) < 1e-6:
+                found.append(f"{about}: scores")
+            rows = indices.sort(dim=1).values
+            if bool(((rows < 0) | (rows >= n_experts)).any()) or bool((rows[:, 1:] == rows[:, :-1]).any()):
+                found.append(f"{about}: an id twice or out of range")
+    return found
+
+
+def check_topk_backward(device, shapes=TOPKS):
+    found = []
+    for number, (n_tokens, n_experts, k) in enumerate(shapes):
+        rng = np.random.default_rng(number)
+        logits = draw_logits(rng, n_tokens, n_experts, "plain", torch.float32, device)
+        dscores = torch.from_numpy(rng.standard_normal((n_tokens, k)).astype(np.float32)).to(device)
+        scores, indices = triton_topk.topk_softmax_forward(logits, k)
+        exact = logits.double().requires_grad_()
+        torch.softmax(exact.gather(1, indices.long()), dim=1).backward(dscores.double())
+        elsewhere_ = torch.ones_like(exact, dtype=torch.bool).scatter(1, indices.long(), False)
+        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 5e-4)):
+            made = triton_topk.topk_softmax_backward(dscores, scores, indices, n_experts, dtype)
+            about = f"topk backward T={n_tokens} E={n_experts} k={k} {dtype}"
+            if made.dtype != dtype or tuple(made.shape) != (n_tokens, n_experts):
+                found.append(f"{about}: {made.dtype} {tuple(made.shape)}")
+            elif k > 1 and n_tokens and not relative(made, exact.grad) < bound:
+                found.append(f"{about}: {relative(made, exact.grad):.1e}")
+            elif bool((made[elsewhere_] != 0).any()):
+                found.append(f"{about}: not 0 where nothing was chosen")
+    return found
+
+
+# ---- Fingerprint -----------------------------------------------------------------------------------------------------
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x, first, second):
+    x = x * first & _MASK
+    x ^= x >> 32
+    x = x * second & _MASK
+    return x ^ (x >> 32)
+
+
+def wanted_hash(data: bytes, address: int) -> tuple[int, int]:
+    """The hash in Python's own integers."""
+    step, a0, a1 = 0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
+    b0, b1 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    head = min(-address % 16, len(data))
+    body = (len(data) - head) // 16 * 16
+    block = triton_fingerprint._BLOCK_WORDS
+    padded = -(-body // (8 * block)) * block
+    terms = []
+    for place in range(padded):
+        at = head + 8 * place
+        terms.append((int.from_bytes(data[at : at + 8], "little") if 8 * place < body else 0, place))
+    terms += [(data[lane], lane + (1 << 60)) for lane in range(head)]
+    edge = data[head + body :]
+    terms += [(byte, 16 + lane + (1 << 60)) for lane, byte in enumerate(edge)]
+    total_a = total_b = 0
+    for word, place in terms:
+        x = (word + place * step) & _MASK
+        x ^= x >> 32
+        total_a, total_b = total_a + _mix(x, a0, a1), total_b + _mix(x, b0, b1)
+    length = len(data) * step & _MASK
+    return _mix((total_a + length) & _MASK, b0, a1) or 1, _mix((total_b & _MASK) ^ length, a0, b1)
+
+
+def raw(tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def states(tensors):
+    """The hash of each, as pairs of Python integers."""
+    state = triton_fingerprint.fingerprint(tensors).state
+    return [tuple(pair) for pair in state.tolist()]
+
+
+def random_weights(rng, size, dtype, device):
+    return torch.from_numpy(rng.standard_normal(size).astype(np.float32)).to(device=device, dtype=dtype)
+
+
+def check_hash_is_its_formula(device):
+    rng, found = np.random.default_rng(0), []
+    base = random_weights(rng, 3000, torch.bfloat16, device)
+    views = [base[start : start + size] for start in range(9) for size in (1, 2, 7, 8, 9, 16, 31, 200)]
+    views += [base, random_weights(rng, 2049, torch.float32, device), random_weights(rng, 1, torch.float32, device)]
+    for view, state in zip(views, states(views), strict=True):
+        wanted = [h - (1 << 64) if h >> 63 else h for h in wanted_hash(raw(view), view.data_ptr())]
+        if list(state) != wanted:
+            found.append(f"hash of {view.shape[0]} x {view.dtype} at {view.data_ptr() % 16}: {state} for {wanted}")
+    return found
+
+
+def check_every_bit_shows(device, sizes=(1, 5, 11)):
+    """Each bit of small tensors, wherever they begin; and each length."""
+    rng, found = np.random.default_rng(1), []
+    for size, start in itertools.product(sizes, (0, 1, 3)):
+        base = random_weights(rng, size + start, torch.bfloat16, device)
+        tensors, whole = [base[start:]], base.view(torch.int16)
+        for place, bit in itertools.product(range(start, start + size), range(16)):
+            other = whole.clone()  # allocations begin at whole 16-byte lines, so the words are the same ones
+            other[place] ^= 1 << bit if bit < 15 else -(1 << 15)
+            tensors.append(other.view(torch.bfloat16)[start:])
+        seen = states(tensors)
+        if len(set(seen)) != len(seen):
+            found.append(f"{size} numbers from {start}: {len(seen) - len(set(seen))} of {len(seen)} states are not new")
+    zeros = torch.zeros(64, dtype=torch.bfloat16, device=device)
+    if len(set(states([zeros[:size] for size in range(1, 65)]))) != 64:
+        found.append("zeros of different lengths are the same")
+    return found
+
+
+def check_swaps_show(device, blocks=2):
+    """Words, 16-byte lines and whole blocks that change places, and flips of one bit in two words, in large tensors."""
+    rng, found = np.random.default_rng(2), []
+    part = triton_fingerprint._PART_WORDS * 4  # numbers of bf16
+    base = random_weights(rng, blocks * part + 13, torch.bfloat16, device)
+    before = triton_fingerprint.fingerprint([base])
+
+    def expect(name, change, undo):
+        change()
+        after = triton_fingerprint.fingerprint([base], before.state, before.table)
+        if after.changed.tolist() != [1] or bool((after.state == before.state).any()):
+            found.append(name)
+        undo()
+
+    def swapped(left, right, size):
+        def swap():
+            kept = base[left : left + size].clone()
+            base[left : left + size] = base[right : right + size]
+            base[right : right + size] = kept
+
+        return swap
+
+    for name, left, right, size in [
+        ("neighbours", 0, 1, 1),
+        ("words", 0, 4, 4),
+        ("lines", 8, 8 * 1000, 8),
+        ("blocks of one part", 0, 4096, 4096),
+        ("parts", 0, part, part),
+        ("words of two parts", 40, part + 40, 4),
+        ("a word and the edge", 0, blocks * part, 4),
+    ]:
+        expect(f"swap of {name}", swapped(left, right, size), swapped(left, right, size))
+    for bit in (0, 7, 15, 16, 31, 32, 47, 48, 62, 63):
+        words = base[: blocks * part].view(torch.int64)
+
+        def flip(words=words, value=1 << bit if bit < 63 else -(1 << 63)):
+            words[5] ^= value
+            words[5 + part // 8] ^= value
+
+        expect(f"bit {bit} of two words", flip, flip)
+    same = triton_fingerprint.fingerprint([base], before.state, before.table)
+    if same.changed.tolist() != [0] or not torch.equal(same.state, before.state):
+        found.append("the same bytes count as changed")
+    return found
+
+
+def check_flags(device):
+    """Which of several tensors changed; what a first call and a moved tensor say."""
+    rng, found = np.random.default_rng(3), []
+    tensors = [random_weights(rng, size, torch.float32, device) for size in (1, 3, 40000, 2, 17, 70001)]
+    first = triton_fingerprint.fingerprint(tensors)
+    if first.changed.tolist() != [1] * 6:
+        found.append(f"first call: {first.changed.tolist()}")
+    tensors[2][39999] += 1
+    tensors[3][0] = -tensors[3][0]
+    second = triton_fingerprint.fingerprint(tensors, first.state, first.table)
+    if second.changed.tolist() != [0, 0, 1, 1, 0, 0] or second.table is not first.table:
+        found.append(f"second call: {second.changed.tolist()}")
+    moved = [tensor.clone() for tensor in tensors]
+    third = triton_fingerprint.fingerprint(moved, second.state, second.table)
+    if third.changed.tolist() != [0] * 6 or third.table is second.table:
+        found.append(f"moved: {third.changed.tolist()}")
+    return found
+
+
+CHECKS = {
+    "combine": (check_sum_slots, check_order_of_addition, check_finish_ds, check_list_of_slots),
+    "topk": (check_topk, check_topk_backward),
+    "fingerprint": (check_hash_is_its_formula, check_every_bit_shows, check_swaps_show, check_flags),
+}

@@ -1,0 +1,147 @@
+"""Compiles the small Triton kernels for an H100 or H200 on a machine without one, through the calls that users make.
+
+    triton_compile.py torch|paddle     prints {kernel: {"compiled": how often, "faults": what its code lacks}} as JSON
+
+A driver that only names the target takes the place of CUDA's, and each launch ends where it would begin.
+"""
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+
+class NamesTheTarget:
+    """The part of Triton's driver that compiling asks for."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_only() -> dict:
+    """From here on launches compile: {kernel's name: what was compiled for it, each once}."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    made, run = {}, JITFunction.run
+
+    def compile_and_return(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found = made.setdefault(self.fn.__name__, [])
+        if not any(kernel is other for other in found):
+            found.append(kernel)
+        return kernel
+
+    driver.set_active(NamesTheTarget())
+    JITFunction.run = compile_and_return
+    return made
+
+
+# How many tokens, and how many slots and rows beside: 1 and multiples of 16 are what Triton looks for in arguments.
+TOKENS = (17, 1, 2, 16, 32, 160, 3, 255, 4096, 1)
+
+
+def routing_of(torch, n_tokens, topk, draw):
+    """Shapes and addresses are all that counts. The index arrays are cut out of one allocation at any word, as
+    ``Arrays`` of sonicmoe/routing does it."""
+    n_slots = max(1, draw.randint(0, n_tokens * topk))
+    n_rows = n_slots + draw.randint(0, 40)
+    whole = torch.zeros([4 * (n_rows + n_tokens + 50)], dtype=torch.int32)
+
+    def cut(size, start=[0]):  # noqa: B006  the running end is what it is for
+        start[0] += draw.randint(0, 5)
+        begin, start[0] = start[0], start[0] + size
+        return whole[begin : start[0]]
+
+    return SimpleNamespace(
+        n_tokens=n_tokens,
+        n_topk=topk,
+        n_slots=n_slots,
+        n_rows=n_rows,
+        s_reverse_scatter_idx=cut(n_slots),
+        slot_offset=cut(n_tokens + 1),
+        score_src_idx=cut(n_slots),
+        scores=cut(n_rows).view(torch.float32),
+    )
+
+
+def call_everything(torch, n_tokens, draw):
+    """One model's calls: H=3072, K=8, E=32."""
+    from sonicmoe.quant import triton_fingerprint
+    from sonicmoe.routing import triton_combine, triton_topk
+
+    routing = routing_of(torch, n_tokens, 8, draw)
+    rows = torch.zeros([routing.n_rows, 3072], dtype=torch.bfloat16)
+    triton_combine.sum_slots(rows, routing, torch.bfloat16, routing.scores)
+    triton_combine.finish_ds(torch.zeros([routing.n_rows, 12], dtype=torch.float32), routing)
+    logits = torch.zeros([n_tokens, 32], dtype=torch.float32)
+    scores, indices = triton_topk.topk_softmax_forward(logits, 8)
+    triton_topk.topk_softmax_backward(scores, scores, indices, 32, torch.float32)
+    flat = torch.zeros([16 * n_tokens + 7], dtype=torch.bfloat16)
+    weights = [flat[start:] for start in range(draw.randint(1, 5))]
+    first = triton_fingerprint.fingerprint(weights)
+    triton_fingerprint.fingerprint(weights, first.state, first.table)
+
+
+def variants(torch):
+    """Other models, types and limits: only that they compile."""
+    from sonicmoe.routing import triton_combine, triton_topk
+
+    draw = random.Random(1)
+    for topk, width, dtype in ((32, 7168, torch.bfloat16), (10, 2048, torch.float32), (1, 100, torch.float16)):
+        routing = routing_of(torch, 5, topk, draw)
+        triton_combine.sum_slots(torch.zeros([routing.n_rows, width], dtype=dtype), routing, dtype)
+        routing.n_topk = None  # a list of slots
+        triton_combine.sum_slots(torch.zeros([routing.n_rows, width], dtype=dtype), routing, dtype)
+        triton_combine.finish_ds(torch.zeros([routing.n_rows, 5], dtype=torch.float32), routing)
+    for n_experts, k, dtype in ((1024, 32, torch.float32), (160, 6, torch.bfloat16), (8, 2, torch.float16)):
+        scores, indices = triton_topk.topk_softmax_forward(torch.zeros([5, n_experts], dtype=dtype), k)
+        triton_topk.topk_softmax_backward(scores, scores, indices, n_experts, dtype)
+
+
+def faults(kernel) -> list[str]:
+    """What the code for sm_90 must have, and must not."""
+    code = kernel.asm["ptx"]
+    found = [] if ".target sm_90" in code else ["not for sm_90"]
+    if len(kernel.asm["cubin"]) < 1000:
+        found.append("no machine code")
+    return found + [f"has {word}" for word in ("atom.", "red.global", "st.local") if word in code]
+
+
+WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 2, "_topk_softmax": 1}  # of 16 bytes
+
+
+def main(framework: str):
+    if framework == "paddle":
+        import sonicmoe.ernie_compat  # noqa: F401  from here on `torch` inside the package is Paddle
+        from sonicmoe.routing import naive
+
+        torch = naive.torch
+    else:
+        import torch
+    made, draw = compile_only(), random.Random(0)
+    for n_tokens in TOKENS:
+        call_everything(torch, n_tokens, draw)
+    answer = {name: {"compiled": len(kernels), "faults": faults(kernels[0])} for name, kernels in made.items()}
+    for name, wanted in WIDE_LOADS.items():
+        code = made[name][0].asm["ptx"]
+        wide = code.count("ld.global.v4.b32") + code.count("ld.global.v2.b64")
+        if wide != wanted:
+            answer[name]["faults"].append(f"{wide} loads of 16 bytes, not {wanted}")
+    if framework == "torch":
+        variants(torch)
+        for name, kernels in made.items():
+            answer[name]["faults"] += [fault for kernel in kernels[1:] for fault in faults(kernel)]
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
