@@ -32,6 +32,13 @@ def _enabler():
     return found
 
 
+def _modules_on_torch() -> dict:
+    """This package's loaded modules that have imported torch, whichever that is, by name."""
+    inside = f"{package_root()}."
+    loaded = list(sys.modules.items())
+    return {name: module for name, module in loaded if name.startswith(inside) and hasattr(module, "torch")}
+
+
 def is_paddle(torch_module) -> bool:
     """Whether a module's ``torch`` is Paddle behind its proxy."""
     return getattr(torch_module, "Tensor", None) is paddle.Tensor
@@ -40,13 +47,13 @@ def is_paddle(torch_module) -> bool:
 def ensure() -> None:
     """Switch the proxy on for this package. Calling it again, or after the user did so, changes nothing."""
     root = package_root()
-    engine = sys.modules.get(f"{root}.expert_mlp")
-    if engine is not None:
-        if not is_paddle(engine.torch):
-            raise ImportError(
-                "sonicmoe: its kernels are already loaded on real torch in this process, and one process runs one "
-                "framework; import sonicmoe.ernie_compat before anything of sonicmoe that runs on torch"
-            )
+    loaded = [is_paddle(module.torch) for module in _modules_on_torch().values()]
+    if not all(loaded):
+        raise ImportError(
+            "sonicmoe: its kernels are already loaded on real torch in this process, and one process runs one "
+            "framework; import sonicmoe.ernie_compat before anything of sonicmoe that runs on torch"
+        )
+    if loaded:
         return
     enable = _enabler()
     if _covers(root):
@@ -85,7 +92,6 @@ def _drop_repeated_finders() -> None:
 
 def verify() -> None:
     """After the imports: fail here, by name, if a real torch slipped in."""
-    root = package_root()
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{root}.") and hasattr(module, "torch") and not is_paddle(module.torch):
+    for name, module in _modules_on_torch().items():
+        if not is_paddle(module.torch):
             raise ImportError(f"sonicmoe: {name} was loaded on real torch, but this process runs it under Paddle")

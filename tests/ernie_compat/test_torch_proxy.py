@@ -30,7 +30,7 @@ def probe(*steps, site=None, path=()):
     # On Paddle, all of them; and they are there, so that this is no statement about nothing.
     if not found["errors"]:
         names = {name.removeprefix("vendor_ops.") for name in found["ours"]}
-        assert {"sonicmoe.expert_mlp", "sonicmoe.gemm.naive", "sonicmoe.quant.naive", "sonicmoe.routing.naive"} <= names
+        assert {"sonicmoe.launch", "sonicmoe.gemm.naive", "sonicmoe.quant.naive", "sonicmoe.routing.naive"} <= names
         assert set(found["ours"].values()) == {"paddle"}, found["ours"]
     return found
 
@@ -147,6 +147,6 @@ def test_the_engine_is_on_torch_already(loaded):
     for _, text in found["errors"]:
         assert text.startswith("ImportError: sonicmoe: ")
         assert "on real torch" in text and "process" in text
-    module = {"engine": "sonicmoe.expert_mlp", "quantizer": "sonicmoe.quant.naive"}[loaded]
+    module = {"engine": "sonicmoe.launch", "quantizer": "sonicmoe.quant.naive"}[loaded]
     assert found["ours"][module] == "torch"
     assert found["user's torch"] == "torch"
