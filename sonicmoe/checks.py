@@ -4,6 +4,7 @@ They look at shapes, dtypes and host values only, so none of them waits for a de
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 INT_DTYPES = ("int32", "int64")
@@ -18,11 +19,16 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def dtype_name(tensor) -> str:
     """``"bfloat16"`` for both ``torch.bfloat16`` and ``paddle.bfloat16``."""
-    return str(tensor.dtype).rsplit(".", 1)[-1]
+    return _last_word(tensor.dtype)
+
+
+@cache
+def _last_word(dtype) -> str:
+    return str(dtype).rsplit(".", 1)[-1]
 
 
 def shape_of(tensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(map(int, tensor.shape))
 
 
 def require_tensor(name: str, value) -> None:
@@ -61,7 +67,10 @@ def place_name(tensor) -> str:
     place = getattr(tensor, "place", None)  # Paddle; its custom places have no torch-style device
     if place is not None:
         return str(place).removeprefix("Place(").removesuffix(")")
-    return str(tensor.device)
+    return _device_name(tensor.device)
+
+
+_device_name = cache(str)
 
 
 def is_cpu(tensor) -> bool:

@@ -257,6 +257,8 @@ def read_environment() -> dict[str, Any]:
 # ---- The config ------------------------------------------------------------------------------------------------------
 
 _active: ContextVar[SonicMoEConfig | None] = ContextVar("sonicmoe_config", default=None)
+# One entry: (the whole environment as it was, the config made from it).
+_standing: list[tuple[dict, SonicMoEConfig | None]] = [({}, None)]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -298,8 +300,12 @@ class SonicMoEConfig:
     def _fill(self, values: dict[str, Any], sources: dict[str, str]) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "_hash", hash(tuple(values[name] for name in _BY_FIELD)))
         # No dataclass field: two configs with the same values are equal wherever the values came from.
         object.__setattr__(self, "_sources", sources)
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: a config is looked up in every call
 
     @property
     def use_fp8(self) -> bool:
@@ -341,9 +347,20 @@ class SonicMoEConfig:
 
     @classmethod
     def current(cls) -> SonicMoEConfig:
-        """The innermost active config, else a fresh one from the environment."""
+        """The innermost active config, else that of the environment as it is now."""
         active = _active.get()
-        return cls() if active is None else active
+        if active is not None:
+            return active
+        # Reading all flags takes longer than launching a kernel. CPython's own mapping compares in a microsecond.
+        variables = getattr(os.environ, "_data", None)
+        if variables is None:
+            return cls()
+        seen, config = _standing[0]
+        if config is None or seen != variables:
+            seen = dict(variables)
+            config = cls()
+            _standing[0] = (seen, config)
+        return config
 
     def __repr__(self) -> str:
         shown = []

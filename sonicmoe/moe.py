@@ -8,6 +8,7 @@ from . import checks
 from .enums import ActivationType, KernelBackendMoE, is_glu
 from .functional.kernel_views import refuse_bias
 from .functional.layer import topk_layer
+from .functional.switch_loss import switch_loss
 
 _CURVES = {
     ActivationType.SILU: F.silu,
@@ -102,7 +103,7 @@ class MoE(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
             x = hidden_states.reshape(-1, self.hidden_size)
             out, logits, frequency = runs[backend](x, is_inference_mode)
-            aux_loss = None if is_inference_mode else self._switch_loss(logits, frequency)
+            aux_loss = None if is_inference_mode else switch_loss(logits, frequency)
         return out.reshape(hidden_states.shape), aux_loss
 
     def _fused(self, x, inference: bool):
@@ -136,12 +137,6 @@ class MoE(nn.Module):
         if not is_glu(self.activation_function):
             return _CURVES[self.activation_function](h)
         return _CURVES[_GATES[self.activation_function]](h[..., ::2]) * h[..., 1::2]
-
-    def _switch_loss(self, logits, frequency):
-        """Load balance: E times the dot product of the mean router probabilities and of the shares of the slots."""
-        probs = F.softmax(logits, dim=-1, dtype=torch.float32).sum(dim=0)
-        shares = F.normalize(frequency.to(torch.float32), p=1, dim=0)
-        return self.num_experts * (F.normalize(probs, p=1, dim=0) * shares).sum()
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, activation_function={self.activation_function.value}"

@@ -90,27 +90,28 @@ class Problem:
         """(outputs, a function that launches, FLOPs)."""
         t, h, i, e, k = self.shape
         m = t * k
+        gemm = grouped.Loaded(kernel, run)
         if name in ("up", "up_z"):
             z, a = torch.empty_like(self.z), torch.empty_like(self.a)
             if name == "up":
-                return (z, a), lambda: grouped.up(run, kernel, self.x, self.w1, z, a, self.offsets, self.gather), 2
-            return (z,), lambda: grouped.up_z(run, kernel, self.x, self.w1, z, self.offsets, self.gather), 2
+                return (z, a), lambda: grouped.up(gemm, self.x, self.w1, z, a, self.offsets, self.gather), 2
+            return (z,), lambda: grouped.up_z(gemm, self.x, self.w1, z, self.offsets, self.gather), 2
         if name == "down":
-            return (self.y,), lambda: grouped.rows(run, kernel, self.a, self.w2, self.y, self.offsets), 1
+            return (self.y,), lambda: grouped.rows(gemm, self.a, self.w2, self.y, self.offsets), 1
         if name == "dx":
             w1_t = self.w1.transpose(1, 2)
-            return (self.y,), lambda: grouped.rows(run, kernel, self.dz, w1_t, self.y, self.offsets), 2
+            return (self.y,), lambda: grouped.rows(gemm, self.dz, w1_t, self.y, self.offsets), 2
         if name == "down_backward":
             dz, pa = torch.empty_like(self.z), torch.empty_like(self.a)
             parts = torch.empty(m, math.ceil(i / kernel.tile.n), device="cuda")
             args = (self.dout, self.w2, self.z, dz, self.score, pa, parts, self.offsets, self.gather)
-            return (dz, pa, parts), lambda: grouped.down_backward(run, kernel, *args), 1
+            return (dz, pa, parts), lambda: grouped.down_backward(gemm, *args), 1
         out = torch.float32 if kernel.out == "float32" else torch.bfloat16
         first = name.startswith("dw1")
         d = torch.zeros(e, 2 * i, h, device="cuda", dtype=out).transpose(1, 2) if first else torch.zeros(
             e, h, i, device="cuda", dtype=out)  # fmt: skip
         left, right = (self.x, self.dz) if first else (self.dout, self.a)
-        return (d,), lambda: grouped.wgrad(run, kernel, left, right, d, self.offsets, self.gather), 2 if first else 1
+        return (d,), lambda: grouped.wgrad(gemm, left, right, d, self.offsets, self.gather), 2 if first else 1
 
     def expected(self, name):
         """The same in float32, segment by segment."""

@@ -4,6 +4,10 @@ Plain tuples stand for the generator's own argument records, so that a process t
 stream is the framework's current one on the tensors' device: TVM-FFI takes it from the tensors themselves.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 from ..launch import multiprocessors
 from .gemm_kernel import GemmKernel
 
@@ -12,35 +16,42 @@ _WGRAD_EPILOGUE = (None,) * 12
 _SWIZZLE = 8  # how many tiles of rows share their columns before the next columns come
 
 
-def _schedule(kernel: GemmKernel, like):
-    clusters = multiprocessors(like) // kernel.tile.cluster
-    return (clusters, None, _SWIZZLE, None, None, None)
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    kernel: GemmKernel
+    run: Callable
 
 
-def _launch(run, kernel, a, b, d, c, epilogue, segments):
-    run(a, b, d, c, epilogue, _schedule(kernel, d), segments, None, None)
+@cache
+def _schedule(blocks: int, cluster: int):
+    return (blocks // cluster, None, _SWIZZLE, None, None, None)
 
 
-def up(run, kernel, x_TH, w1_EFH, z_MF, a_MI, offsets, gather) -> None:
-    _launch(run, kernel, x_TH, w1_EFH, z_MF, None, (a_MI, *_NO_EPILOGUE), (offsets, None, gather, None))
+def _launch(gemm: Loaded, a, b, d, c, epilogue, segments):
+    schedule = _schedule(multiprocessors(d), gemm.kernel.tile.cluster)
+    gemm.run(a, b, d, c, epilogue, schedule, segments, None, None)
 
 
-def up_z(run, kernel, x_TH, w1_EFH, z_MF, offsets, gather) -> None:
-    _launch(run, kernel, x_TH, w1_EFH, z_MF, None, _NO_EPILOGUE, (offsets, None, gather, None))
+def up(gemm: Loaded, x_TH, w1_EFH, z_MF, a_MI, offsets, gather) -> None:
+    _launch(gemm, x_TH, w1_EFH, z_MF, None, (a_MI, *_NO_EPILOGUE), (offsets, None, gather, None))
 
 
-def rows(run, kernel, a_MK, b_ENK, d_MN, offsets) -> None:
+def up_z(gemm: Loaded, x_TH, w1_EFH, z_MF, offsets, gather) -> None:
+    _launch(gemm, x_TH, w1_EFH, z_MF, None, _NO_EPILOGUE, (offsets, None, gather, None))
+
+
+def rows(gemm: Loaded, a_MK, b_ENK, d_MN, offsets) -> None:
     """``b_ENK`` may be the transposed view of an [E,K,N] weight, if the kernel was compiled for that."""
-    _launch(run, kernel, a_MK, b_ENK, d_MN, None, _NO_EPILOGUE, (offsets, None, None, None))
+    _launch(gemm, a_MK, b_ENK, d_MN, None, _NO_EPILOGUE, (offsets, None, None, None))
 
 
-def down_backward(run, kernel, dout_TH, w2_EHI, z_MF, dz_MF, score_M, pa_MI, parts_MB, offsets, gather) -> None:
+def down_backward(gemm: Loaded, dout_TH, w2_EHI, z_MF, dz_MF, score_M, pa_MI, parts_MB, offsets, gather) -> None:
     """``dz`` may be ``z`` itself: a tile of z is read by the block that writes this tile of dz."""
     epilogue = (score_M, pa_MI, parts_MB, *_NO_EPILOGUE)
-    _launch(run, kernel, dout_TH, w2_EHI.transpose(1, 2), dz_MF, z_MF, epilogue, (offsets, None, gather, None))
+    _launch(gemm, dout_TH, w2_EHI.transpose(1, 2), dz_MF, z_MF, epilogue, (offsets, None, gather, None))
 
 
-def wgrad(run, kernel, left_TC, right_MN, d_ECN, offsets, gather) -> None:
+def wgrad(gemm: Loaded, left_TC, right_MN, d_ECN, offsets, gather) -> None:
     """d[e] [C,N] = (+=) left[gather]^T @ right over the rows of segment e."""
     segments = (None, offsets, gather, None)
-    _launch(run, kernel, left_TC.transpose(0, 1), right_MN.transpose(0, 1), d_ECN, None, _WGRAD_EPILOGUE, segments)
+    _launch(gemm, left_TC.transpose(0, 1), right_MN.transpose(0, 1), d_ECN, None, _WGRAD_EPILOGUE, segments)

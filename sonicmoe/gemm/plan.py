@@ -1,6 +1,7 @@
 """What one call of the engine does, decided once, before anything runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from ..enums import ActivationType, is_glu
@@ -21,6 +22,12 @@ class Plan:
     device: str
     backend: str
     cache_dir: Path  # where compiled kernels are kept
+
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: every stage looks its kernels up by the plan
 
     @property
     def row_block(self) -> int:
@@ -48,7 +55,11 @@ class Plan:
 def make_plan(config, activation, *, storage: str, device: str, arch: str | None = None, x_name: str = "x") -> Plan:
     """Read the configuration once. ``device`` is the place's type: ``cpu``, or an accelerator's name; ``arch`` what
     nvcc calls the accelerator."""
-    kind = ActivationType.parse(activation)
+    return _plan(config, ActivationType.parse(activation), storage, device, arch, x_name)
+
+
+@lru_cache(maxsize=256)
+def _plan(config, kind: ActivationType, storage: str, device: str, arch: str | None, x_name: str) -> Plan:
     if config.swiglu_clamp is not None and kind is not ActivationType.SWIGLU:
         raise ValueError(f"swiglu_clamp: got {config.swiglu_clamp} with activation {kind.value!r}, which has no clamp")
     recipe = None

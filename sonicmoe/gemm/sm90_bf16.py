@@ -10,11 +10,13 @@ from importlib.util import find_spec
 
 import torch
 
+from .. import checks
 from ..cache_safety import JitUnavailable
 from ..quant import naive as quant
 from ..quant.formats import QuantTensor
 from . import grouped, kernel_store
 from .gemm_kernel import GemmKernel
+from .grouped import Loaded
 from .plan import Plan
 from .tile_table import TILES
 
@@ -35,13 +37,12 @@ def _kernel(op: str, storage: str, tile: str | None = None, **facts) -> GemmKern
 class _Set:
     """All that one plan can launch, so that what is missing compiles at the same time and not one by one."""
 
-    up: GemmKernel
-    up_z: GemmKernel
-    down: GemmKernel
-    dx: GemmKernel
-    down_backward: GemmKernel
-    wgrads: dict  # (transposed, out, accumulate) -> GemmKernel
-    run: dict  # GemmKernel -> function
+    up: Loaded
+    up_z: Loaded
+    down: Loaded
+    dx: Loaded
+    down_backward: Loaded
+    wgrads: dict  # (transposed, out, accumulate) -> Loaded
 
 
 _WGRADS = [
@@ -64,8 +65,14 @@ def kernels(plan: Plan) -> _Set:
         "down_backward": _kernel("down_backward", storage, **curve),
     }
     wanted = [*chosen.values(), *wgrads.values()]
-    run = dict(zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True))
-    return _Set(**chosen, wgrads=wgrads, run=run)
+    loaded = {
+        kernel: Loaded(kernel, run)
+        for kernel, run in zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True)
+    }
+    return _Set(
+        **{name: loaded[kernel] for name, kernel in chosen.items()},
+        wgrads={key: loaded[kernel] for key, kernel in wgrads.items()},
+    )
 
 
 def combine():
@@ -98,37 +105,35 @@ def up_projection(x_rows, weights, routing, plan, need_a, out=None):
     if routing.n_rows:
         where = (routing.expert_offset, routing.x_gather_idx)
         if need_a:
-            grouped.up(chosen.run[chosen.up], chosen.up, x_rows, weights.w1_EFH, z, a, *where)
+            grouped.up(chosen.up, x_rows, weights.w1_EFH, z, a, *where)
         else:
-            grouped.up_z(chosen.run[chosen.up_z], chosen.up_z, x_rows, weights.w1_EFH, z, *where)
+            grouped.up_z(chosen.up_z, x_rows, weights.w1_EFH, z, *where)
     return z, a
 
 
-def _rows(kernel, run, a, b, columns, routing, out):
+def _rows(gemm: Loaded, a, b, columns, routing, out):
     y = _empty(out, [routing.n_rows, columns], a.dtype, a)
     if routing.n_rows:
-        grouped.rows(run, kernel, a, b, y, routing.expert_offset)
+        grouped.rows(gemm, a, b, y, routing.expert_offset)
     return y
 
 
 def down_projection(a, weights, routing, plan, out=None):
-    chosen = kernels(plan)
-    return _rows(chosen.down, chosen.run[chosen.down], a, weights.w2_EHI, weights.hidden_size, routing, out)
+    return _rows(kernels(plan).down, a, weights.w2_EHI, weights.hidden_size, routing, out)
 
 
 def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
     """dz takes z's place unless the caller gives a tensor for it. p*a is a by-product, needed or not."""
-    chosen = kernels(plan)
-    columns = -(-weights.intermediate_size // chosen.down_backward.tile.n)
+    gemm = kernels(plan).down_backward
+    columns = -(-weights.intermediate_size // gemm.kernel.tile.n)
     out_dz, out_pa = out or (None, None)
     dz = z if out_dz is None else out_dz
     pa = _empty(out_pa, [routing.n_rows, weights.intermediate_size], z.dtype, z)
     parts = torch.empty([routing.n_rows, columns], dtype=torch.float32, device=z.device)
     if routing.n_rows:
         score_M = routing.scores.index_select(0, routing.s_scatter_idx)
-        kernel, where = chosen.down_backward, (routing.expert_offset, routing.x_gather_idx)
         tensors = (dout_rows, weights.w2_EHI, z, dz, score_M, pa, parts)
-        grouped.down_backward(chosen.run[kernel], kernel, *tensors, *where)
+        grouped.down_backward(gemm, *tensors, routing.expert_offset, routing.x_gather_idx)
     return dz, pa if need_wgrad else None, parts
 
 
@@ -141,9 +146,8 @@ def sum_slots(rows, routing, plan, scores=None):
 
 
 def up_projection_backward(dz, weights, routing, plan, out=None):
-    chosen = kernels(plan)
     w1_t = weights.w1_EFH.transpose(1, 2)
-    return _rows(chosen.dx, chosen.run[chosen.dx], dz, w1_t, weights.hidden_size, routing, out)
+    return _rows(kernels(plan).dx, dz, w1_t, weights.hidden_size, routing, out)
 
 
 def _wgrad(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):
@@ -157,19 +161,16 @@ def _wgrad(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, bu
         if buffers.overwrite:
             target_ECN.zero_()
         return
-    chosen = kernels(plan)
-    dtype = str(target_ECN.dtype).rsplit(".", 1)[-1]
+    dtype = checks.dtype_name(target_ECN)
     out = None if dtype == plan.storage else dtype
-    kernel = chosen.wgrads.get((transposed, out, not buffers.overwrite))
-    if kernel is None:
+    gemm = kernels(plan).wgrads.get((transposed, out, not buffers.overwrite))
+    if gemm is None:
         raise TypeError(
             f"weight gradient: got a {dtype} tensor to {'fill' if buffers.overwrite else 'add to'}, need "
             f"{plan.storage if buffers.overwrite else 'float32'}"
         )
     left_TC = prepare_rows(left_TC, plan)
-    grouped.wgrad(
-        chosen.run[kernel], kernel, left_TC, right_MN, target_ECN, routing.expert_offset, routing.x_gather_idx
-    )
+    grouped.wgrad(gemm, left_TC, right_MN, target_ECN, routing.expert_offset, routing.x_gather_idx)
 
 
 def _wgrad_of_some(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):

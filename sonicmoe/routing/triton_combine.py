@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_launch import launch
+
 _INDEX_ARRAYS = ["reverse", "slot_offset", "scores", "source"]
 _THREADS = 128  # of one program, at 16 bytes each
 # At most so many times that for one program, and so many rows at once. A token whose slots are mostly on other ranks
@@ -67,16 +69,12 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None):
         return out.zero_()
     lanes = min(_THREADS * (4 if rows_MH.dtype == torch.float32 else 8), triton.next_power_of_2(width))
     pieces = _even_share(-(-width // lanes), _PIECES)
-    _sum_slots[(routing.n_tokens * -(-width // (lanes * pieces)),)](
-        rows_MH.contiguous(),
-        routing.s_reverse_scatter_idx,
-        routing.slot_offset,
-        scores,
-        out,
-        H=width,
-        LANES=lanes,
-        PIECES=pieces,
-        IN_FLIGHT=_IN_FLIGHT if routing.n_topk is None else _even_share(routing.n_topk, _IN_FLIGHT),
+    in_flight = _IN_FLIGHT if routing.n_topk is None else _even_share(routing.n_topk, _IN_FLIGHT)
+    launch(
+        _sum_slots,
+        routing.n_tokens * -(-width // (lanes * pieces)),
+        (rows_MH.contiguous(), routing.s_reverse_scatter_idx, routing.slot_offset, scores, out),
+        {"H": width, "LANES": lanes, "PIECES": pieces, "IN_FLIGHT": in_flight},
         num_warps=_THREADS // 32,
         # A multiply-add rounds once where the definition rounds twice.
         enable_fp_fusion=False,
@@ -148,17 +146,12 @@ def finish_ds(partials_MB, routing):
         return ds.zero_()
     k_lanes = triton.next_power_of_2(k)
     tokens = max(1, _THREADS // k_lanes)
-    _finish_ds[(-(-n_rows // tokens),)](
-        partials_MB.contiguous(),
-        routing.s_reverse_scatter_idx,
-        None if listed else routing.slot_offset,
-        None if listed else routing.score_src_idx,
-        ds,
-        n_rows,
-        K=k,
-        K_LANES=k_lanes,
-        COLUMNS=columns,
-        TOKENS=tokens,
+    where = (None, None) if listed else (routing.slot_offset, routing.score_src_idx)
+    launch(
+        _finish_ds,
+        -(-n_rows // tokens),
+        (partials_MB.contiguous(), routing.s_reverse_scatter_idx, *where, ds, n_rows),
+        {"K": k, "K_LANES": k_lanes, "COLUMNS": columns, "TOKENS": tokens},
         num_warps=_THREADS // 32,
     )
     return ds

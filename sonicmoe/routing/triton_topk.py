@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_launch import launch
+
 MAX_EXPERTS = 1024
 MAX_TOPK = 32
 _THREADS = 64
@@ -144,17 +146,12 @@ def topk_softmax_forward(logits_TE, k: int):
     indices = torch.empty([n_tokens, k], dtype=torch.int32, device=logits_TE.device)
     if n_tokens:
         tile, tiles, rows = _shape(n_experts, logits_TE.dtype == torch.float32)
-        _topk_softmax[(-(-n_tokens // rows),)](
-            logits_TE.contiguous(),
-            scores,
-            indices,
-            n_tokens,
-            E=n_experts,
-            TILE=tile,
-            TILES=tiles,
-            K=k,
-            K_LANES=triton.next_power_of_2(k),
-            ROWS=rows,
+        k_lanes = triton.next_power_of_2(k)
+        launch(
+            _topk_softmax,
+            -(-n_tokens // rows),
+            (logits_TE.contiguous(), scores, indices, n_tokens),
+            {"E": n_experts, "TILE": tile, "TILES": tiles, "K": k, "K_LANES": k_lanes, "ROWS": rows},
             num_warps=_THREADS // 32,
         )
     return scores, indices
@@ -166,17 +163,11 @@ def topk_softmax_backward(dscores_TK, scores_TK, indices_TK, n_experts: int, out
     dlogits = torch.empty([n_tokens, n_experts], dtype=out_dtype, device=scores_TK.device)
     if n_tokens:
         tile, tiles, rows = _shape(n_experts, out_dtype == torch.float32)
-        _topk_softmax_backward[(-(-n_tokens // rows),)](
-            dscores_TK.contiguous(),
-            scores_TK.contiguous(),
-            indices_TK.contiguous(),
-            dlogits,
-            n_tokens,
-            E=n_experts,
-            TILE=tile,
-            TILES=tiles,
-            K=k,
-            ROWS=rows,
+        launch(
+            _topk_softmax_backward,
+            -(-n_tokens // rows),
+            (dscores_TK.contiguous(), scores_TK.contiguous(), indices_TK.contiguous(), dlogits, n_tokens),
+            {"E": n_experts, "TILE": tile, "TILES": tiles, "K": k, "ROWS": rows},
             num_warps=_THREADS // 32,
         )
     return dlogits

@@ -10,7 +10,7 @@ import torch
 
 from sonicmoe import SonicMoEConfig
 from sonicmoe.quant import triton_fingerprint
-from sonicmoe.routing import metadata, naive, pairs, triton_combine, triton_topk
+from sonicmoe.routing import metadata, naive, pairs, switch_loss, triton_combine, triton_switch_loss, triton_topk
 from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
 
 NAIVE = SonicMoEConfig(metadata_backend="naive")
@@ -216,6 +216,55 @@ def check_topk_backward(device, shapes=TOPKS):
     return found
 
 
+# ---- Load-balancing loss ---------------------------------------------------------------------------------------------
+
+LOSSES = [(7, 8), (1, 1), (300, 5), (33, 100), (5, 1024), (700, 64), (0, 6)]  # T, E
+
+
+def wanted_loss(logits, frequency, dloss):
+    """(loss, dlogits) in float64, the gradient by autograd through every step."""
+    exact = logits.double().requires_grad_()
+    probs = torch.softmax(exact, dim=-1).sum(dim=0)
+    shares = [values / values.sum().clamp_min(1e-12) for values in (probs, frequency.double())]
+    loss = logits.shape[1] * (shares[0] * shares[1]).sum()
+    return loss.detach(), torch.autograd.grad(loss * dloss, exact)[0]
+
+
+def check_switch_loss(device, shapes=LOSSES):
+    found = []
+    for number, (n_tokens, n_experts) in enumerate(shapes):
+        rng = np.random.default_rng(number)
+        slots = torch.from_numpy(rng.integers(0, 50, n_experts).astype(np.int32)).to(device)
+        frequency = torch.cat([slots.new_zeros(number % 4), slots])[number % 4 :]  # wherever it happens to begin
+        for dtype, bound in ((torch.float32, 3e-6), (torch.bfloat16, 8e-3), (torch.float16, 6e-4)):
+            logits = draw_logits(rng, n_tokens, n_experts, "plain", dtype, device)
+            weight = 0.37 * (n_tokens + 1)  # so that no gradient falls below float16
+            loss, dlogits = wanted_loss(logits, frequency, weight)
+            dloss = torch.tensor(weight, device=device)
+            for run in (switch_loss, triton_switch_loss):
+                about = f"{run.__name__} T={n_tokens} E={n_experts} {dtype}"
+                made, gradient = run.switch_loss(logits, frequency), run.switch_loss_backward(dloss, logits, frequency)
+                if made.dtype != torch.float32 or made.shape != () or not relative(made, loss) < 2e-6:
+                    found.append(f"{about}: {made} for {loss}")
+                if gradient.dtype != dtype or gradient.shape != logits.shape:
+                    found.append(f"{about}: {gradient.dtype} {tuple(gradient.shape)}")
+                elif n_tokens and n_experts > 1 and not relative(gradient, dlogits) < bound:
+                    found.append(f"{about}: gradient off by {relative(gradient, dlogits):.1e}")
+                elif n_experts == 1 and bool((gradient != 0).any()):
+                    found.append(f"{about}: one expert has nothing to balance")
+    return found
+
+
+def check_switch_loss_of_nan(device):
+    """A NaN among the logits shows in the loss, as -inf of a masked expert does not."""
+    frequency = torch.tensor([2, 1, 1], dtype=torch.int32, device=device)
+    logits = torch.tensor([[0.5, 1.0, float("-inf")], [0.1, float("-inf"), 0.3]], device=device)
+    masked = triton_switch_loss.switch_loss(logits, frequency)
+    logits[1, 2] = float("nan")
+    found = [] if bool(masked.isfinite()) else [f"masked experts: {masked}"]
+    return found + ([] if bool(triton_switch_loss.switch_loss(logits, frequency).isnan()) else ["no NaN"])
+
+
 # ---- Fingerprint -----------------------------------------------------------------------------------------------------
 
 _MASK = (1 << 64) - 1
@@ -365,5 +414,6 @@ def check_flags(device):
 CHECKS = {
     "combine": (check_sum_slots, check_order_of_addition, check_finish_ds, check_list_of_slots),
     "topk": (check_topk, check_topk_backward),
+    "switch_loss": (check_switch_loss, check_switch_loss_of_nan),
     "fingerprint": (check_hash_is_its_formula, check_every_bit_shows, check_swaps_show, check_flags),
 }

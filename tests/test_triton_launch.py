@@ -1,0 +1,106 @@
+"""The shortcut around Triton's launcher: when it is taken, with what, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.torch_child import torch
+
+RUNS_IN_TORCH = True
+pytestmark = pytest.mark.torch
+
+if torch:
+    from sonicmoe import triton_launch
+
+
+class Compiled:
+    def __init__(self):
+        self.started = []
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.started.append((grid, args, stream))
+
+
+class Kernel:
+    """Two tensors, an integer and a constant. Compiles for every launch that comes to it."""
+
+    __name__ = "kernel"
+    arg_names = ("x", "y", "n", "WIDTH")
+
+    def __init__(self, specialized=False, compiles=True):
+        names = self.arg_names
+        self.params = [SimpleNamespace(name=name, do_not_specialize=not specialized) for name in names]
+        self.compiles, self.made = compiles, []
+
+    def __getitem__(self, grid):
+        def run(*args, **named):
+            self.made.append(Compiled() if self.compiles else None)
+            return self.made[-1]
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch):
+    if not torch:
+        return
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "current_stream", lambda tensor: 7)
+
+
+def test_a_second_launch_starts_what_was_compiled():
+    kernel, x, y = Kernel(), torch.zeros(8), torch.ones(8)
+    triton_launch.launch(kernel, 3, (x, y, 5), {"WIDTH": 4}, num_warps=2)
+    assert len(kernel.made) == 1 and kernel.made[0].started == []
+    triton_launch.launch(kernel, 9, (y, x, 16), {"WIDTH": 4}, num_warps=2)
+    (started,) = kernel.made[0].started
+    assert len(kernel.made) == 1
+    grid, args, stream = started
+    assert grid == (9, 1, 1) and args[0] is y and args[1] is x and args[2:] == (16, 4) and stream == 7
+
+
+def first_call(y=None, n=5, WIDTH=4, num_warps=2):
+    return (torch.zeros(8), torch.zeros(8) if y is None else y, n), {"WIDTH": WIDTH}, {"num_warps": num_warps}
+
+
+DIFFERENT = {
+    "dtype": lambda: {"y": torch.zeros(8, dtype=torch.int32)},
+    "alignment": lambda: {"y": torch.zeros(9)[1:]},
+    "absent": lambda: {"y": False},
+    "wide integer": lambda: {"n": 2**31},
+    "constant": lambda: {"WIDTH": 8},
+    "option": lambda: {"num_warps": 4},
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_what_triton_compiles_for_is_asked_of_triton(difference):
+    kernel, changes = Kernel(), DIFFERENT[difference]()
+    for operands, constants, options in (first_call(), first_call(**changes)):
+        operands = tuple(None if operand is False else operand for operand in operands)
+        triton_launch.launch(kernel, 1, operands, constants, **options)
+    assert len(kernel.made) == 2 and kernel.made[0].started == []
+
+
+def test_two_kernels_are_two():
+    first, second = Kernel(), Kernel()
+    for kernel in (first, second):
+        triton_launch.launch(kernel, 1, (torch.zeros(8), None, 5), {"WIDTH": 4})
+    assert len(first.made) == len(second.made) == 1
+
+
+def test_the_interpreter_is_asked_each_time():
+    kernel = Kernel(compiles=False)
+    for _ in range(3):
+        triton_launch.launch(kernel, 1, (torch.zeros(8), None, 5), {"WIDTH": 4})
+    assert len(kernel.made) == 3
+
+
+def test_an_integer_that_triton_looks_into_is_refused():
+    with pytest.raises(TypeError, match="n is an integer and must be in do_not_specialize"):
+        triton_launch.launch(Kernel(specialized=True), 1, (torch.zeros(8), None, 5), {"WIDTH": 4})
+
+
+def test_constants_in_another_order_are_refused():
+    with pytest.raises(TypeError, match="the constants are"):
+        triton_launch.launch(Kernel(), 1, (torch.zeros(8), None), {"WIDTH": 4, "n": 5})
