@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -256,13 +256,30 @@ def read_environment() -> dict[str, Any]:
 
 # ---- The config ------------------------------------------------------------------------------------------------------
 
+
+class HashedOnce:
+    """For frozen dataclasses that every call looks something up by. They write ``__hash__ = HashedOnce.__hash__``,
+    because a dataclass makes its own otherwise."""
+
+    def __hash__(self) -> int:
+        known = self.__dict__.get("_hash")
+        if known is None:
+            known = hash(tuple(getattr(self, field.name) for field in fields(self)))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self):
+        # Hashes of text differ from process to process, so a copy in another one counts anew.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+
 _active: ContextVar[SonicMoEConfig | None] = ContextVar("sonicmoe_config", default=None)
 # One entry: (the whole environment as it was, the config made from it).
 _standing: list[tuple[dict, SonicMoEConfig | None]] = [({}, None)]
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class SonicMoEConfig:
+class SonicMoEConfig(HashedOnce):
     """Settings of a call, frozen: an argument wins, then the environment at construction, then the default.
 
     ``use_fp8=True`` stands for ``fp8_mode="perf"`` unless an argument or the environment names a mode, and
@@ -284,6 +301,8 @@ class SonicMoEConfig:
     backend: str
     metadata_backend: str
 
+    __hash__ = HashedOnce.__hash__
+
     def __init__(self, *, use_fp8: bool | None = None, **fields: Any):
         found = {_BY_ENV[env].field: value for env, value in read_environment().items()}
         given = _check_arguments(use_fp8, fields, standing_mode=found.get("fp8_mode"))
@@ -300,12 +319,8 @@ class SonicMoEConfig:
     def _fill(self, values: dict[str, Any], sources: dict[str, str]) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_hash", hash(tuple(values[name] for name in _BY_FIELD)))
         # No dataclass field: two configs with the same values are equal wherever the values came from.
         object.__setattr__(self, "_sources", sources)
-
-    def __hash__(self) -> int:
-        return self._hash  # computed once: a config is looked up in every call
 
     @property
     def use_fp8(self) -> bool:

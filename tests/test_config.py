@@ -9,7 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
@@ -374,8 +373,9 @@ def test_copies_keep_values_and_sources_without_reading_the_environment(monkeypa
     monkeypatch.setenv("SONIC_MOE_FP8_MODE", "mem")
     config = SonicMoEConfig(fp8_wgrad=True)
     monkeypatch.setenv("SONIC_MOE_FP8_MODE", "nonsense")
+    hash(config)
     twin = again(config)
-    assert twin == config
+    assert twin == config and "_hash" not in vars(twin)  # text hashes differently in another process
     assert {name: twin.source_of(name) for name in DEFAULTS} == {name: config.source_of(name) for name in DEFAULTS}
 
 
@@ -410,77 +410,6 @@ def test_replace_keeps_the_rest_and_does_not_read_the_environment(monkeypatch):
 )
 def test_replace_takes_use_fp8(mode, changes, result):
     assert SonicMoEConfig(fp8_mode=mode).replace(**changes).fp8_mode == result
-
-
-# ---- activate and current --------------------------------------------------------------------------------------------
-
-
-def test_activate_nests_and_unwinds(monkeypatch):
-    monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "1")
-    outer, inner = SonicMoEConfig(fp8_mode="perf"), SonicMoEConfig(fp8_mode="mem")
-    with outer.activate() as active:
-        assert active is outer
-        assert SonicMoEConfig.current() is outer
-        with inner.activate():
-            assert SonicMoEConfig.current() is inner
-            with outer.activate():
-                assert SonicMoEConfig.current() is outer
-            assert SonicMoEConfig.current() is inner
-        assert SonicMoEConfig.current() is outer
-        monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "nonsense")
-        assert SonicMoEConfig.current() is outer
-    monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "0")
-    assert values(SonicMoEConfig.current()) == DEFAULTS
-
-
-def test_activate_unwinds_after_an_error():
-    outer = SonicMoEConfig(fp8_mode="perf")
-    with outer.activate():
-        with pytest.raises(ZeroDivisionError), SonicMoEConfig(fp8_mode="mem").activate():
-            raise ZeroDivisionError
-        assert SonicMoEConfig.current() is outer
-    assert SonicMoEConfig.current().fp8_mode is None
-
-
-def test_threads_do_not_see_each_others_config():
-    configs = [SonicMoEConfig(swiglu_clamp=float(n + 1)) for n in range(8)]
-    together = threading.Barrier(len(configs), timeout=30)
-    seen = [None] * len(configs)
-
-    def work(n):
-        with configs[n].activate():
-            together.wait()  # every thread is inside its own block now
-            first = SonicMoEConfig.current()
-            with configs[n - 1].activate():
-                together.wait()
-                second = SonicMoEConfig.current()
-            together.wait()
-            third = SonicMoEConfig.current()
-        seen[n] = (first, second, third)
-
-    with SonicMoEConfig(backend="naive").activate() as mine:
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(len(configs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert SonicMoEConfig.current() is mine
-    for n, config in enumerate(configs):
-        assert seen[n] is not None, f"thread {n} died"
-        assert [id(one) for one in seen[n]] == [id(config), id(configs[n - 1]), id(config)]
-
-
-@pytest.mark.skipif(
-    getattr(sys.flags, "thread_inherit_context", False), reason="this Python hands a thread its starter's context"
-)
-def test_a_new_thread_starts_from_the_environment(monkeypatch):
-    monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "1")
-    seen = []
-    with SonicMoEConfig(fp8_mode="perf", fp8_wgrad=False).activate():
-        thread = threading.Thread(target=lambda: seen.append(SonicMoEConfig.current()))
-        thread.start()
-        thread.join()
-    assert [(config.fp8_mode, config.fp8_wgrad) for config in seen] == [(None, True)]
 
 
 # ---- At the bottom of the package ------------------------------------------------------------------------------------

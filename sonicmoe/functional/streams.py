@@ -19,11 +19,16 @@ if torch.Tensor.__module__.partition(".")[0] != "torch":  # Paddle's proxy stand
 
 @contextmanager
 def on_stream(stream_id, tensor):
-    """Run the block on ``stream_id``: a handle, a Stream object, or None for the current stream.
+    """Run the block on the tensor's device and on ``stream_id``: a handle, a Stream object, or None for the current
+    stream there.
 
     Another stream than the current one waits for what was queued on that before, and the current one for the block:
     the caller's tensors are safe without events of his own.
     """
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device), on_stream(stream_id, tensor):
+            yield
+        return
     handle = raw_stream(stream_id)
     if handle is None or not tensor.is_cuda or handle == current_stream(tensor):
         yield

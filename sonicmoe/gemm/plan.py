@@ -1,15 +1,16 @@
 """What one call of the engine does, decided once, before anything runs."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..config import HashedOnce
 from ..enums import ActivationType, is_glu
 from ..quant.formats import FP8_ROW_BLOCK, Recipe, make_recipe
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(HashedOnce):
     """Forward and backward of one call follow the same plan, whatever the configuration is by then."""
 
     activation: ActivationType
@@ -23,11 +24,7 @@ class Plan:
     backend: str
     cache_dir: Path  # where compiled kernels are kept
 
-    def __post_init__(self):
-        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
-
-    def __hash__(self) -> int:
-        return self._hash  # computed once: every stage looks its kernels up by the plan
+    __hash__ = HashedOnce.__hash__
 
     @property
     def row_block(self) -> int:
