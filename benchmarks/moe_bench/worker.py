@@ -180,10 +180,15 @@ class Bench:
         self.clear()
         return {"peak_mib": peak / 2**20}
 
-    def busy(self, kernel: str, steps: int = 5) -> dict:
-        """GPU time a step, and every launch of a step in the order in which they began."""
+    def busy(self, kernel: str) -> dict:
+        """GPU time a step, and every launch of a step in the order in which they began.
+
+        After as many steps as one timed turn has, over as many again: a GPU at its power limit slows down within
+        milliseconds, and a shorter look would see another clock than the turns did.
+        """
         self.choose(kernel)
-        self.repeat(3)
+        steps = min(max(self.iterations.get(kernel, 0), 5), 200)
+        self.repeat(steps)
         self.wait()
         kind = self.device.upper()
         with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
