@@ -67,7 +67,15 @@ setup(
     install_requires=[*PADDLE, "numpy", "filelock", "pybind11"],
     extras_require={
         # The two exact pins are compilers whose Python interfaces change from release to release.
-        "gpu": ["triton", "nvidia-cutlass-dsl==4.8.1", "quack-kernels==0.6.5", "apache-tvm-ffi"],
+        # quack imports torch and Triton where it compiles, and asks for the first alone. torch before 2.10 hands its
+        # tensors to TVM-FFI through torch-c-dlpack-ext; without it each machine would have to compile a stand-in first.
+        "gpu": [
+            "triton",
+            "nvidia-cutlass-dsl==4.8.1",
+            "quack-kernels==0.6.5",
+            "apache-tvm-ffi>=0.1.6,<0.2",
+            "torch-c-dlpack-ext",
+        ],
         "torch": ["torch>=2.7"],
         "demo": DEMO,
         "dev": ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", *DEMO],

@@ -1,6 +1,6 @@
 """Compiled GEMMs: made by child processes that need no GPU, kept as object files, loaded by TVM-FFI.
 
-    <cache>/gemm/<tools>/<key>.o        one kernel; <key> says what it computes, <tools> what compiled it
+    <cache>/gemm/<tools>/<key>.o        one kernel; <key> says what it computes, <tools> what made it and for which CPU
     <cache>/gemm/<tools>/<key>.json     its SHA-256 and its description
     <cache>/locks/gemm-<tools>.lock     held by the one process that compiles; the others wait and then find
 
@@ -11,12 +11,15 @@ written or whose hash is wrong, one clear line where something cannot be had.
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -28,20 +31,42 @@ from .gemm_kernel import GemmKernel
 
 _CHILD = Path(__file__).with_name("quack_compile.py")
 _TOOLS = ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+# The generator's compiler comes for either CUDA under one version, and a driver for 12 may not take what 13 made.
+_COMPILERS = ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13")
 _FUNCTION = "gemm"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @cache
 def _tool_versions() -> tuple[str, ...]:
+    found = {name: _version(name) for name in (*_TOOLS, *_COMPILERS)}
+    for name in _TOOLS:
+        if found[name] is None:
+            raise JitUnavailable(f"{name} is not installed; pip install 'sonicmoe[gpu]'")
+    return tuple(f"{name} {version}" for name, version in found.items())
+
+
+@cache
+def _host() -> str:
+    """The CPU's own instructions: an object holds the code that launches its kernel, made for the CPU that compiled it.
+    Another machine on the same cache may lack some of these and would be killed by the first it meets."""
     try:
-        return tuple(metadata.version(name) for name in _TOOLS)
-    except metadata.PackageNotFoundError as missing:
-        raise JitUnavailable(f"{missing.name} is not installed; pip install 'sonicmoe[gpu]'") from None
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        about = ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", about, re.MULTILINE)
+    return " ".join([platform.machine(), *sorted(found[1].split() if found else [])])
 
 
 @cache
 def _tool_key() -> str:
-    text = " ".join(_tool_versions()).encode() + b"\0" + _CHILD.read_bytes()
+    text = " ".join([*_tool_versions(), _host()]).encode() + b"\0" + _CHILD.read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
 
 
@@ -62,34 +87,62 @@ def present(kernels: list[GemmKernel], cache_dir: Path) -> list[GemmKernel]:
     return [kernel for kernel in kernels if _intact(_folder(cache_dir), kernel)]
 
 
-def _start_child(kernels: list[GemmKernel], scratch: Path) -> subprocess.Popen:
-    number = kernels[0].arch.removeprefix("sm_").rstrip("af")
-    command = [
-        "env", "CUDA_VISIBLE_DEVICES=", f"QUACK_ARCH={number}", f"CUTE_DSL_ARCH={kernels[0].arch}",
-        sys.executable, "-P", str(_CHILD), str(scratch),
-    ]  # fmt: skip
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    records = [{"key": kernel.key(), "kernel": asdict(kernel)} for kernel in kernels]
-    child.stdin.write(json.dumps(records))
-    child.stdin.close()
-    child.stdin = None  # communicate() would flush it again
-    return child
+def _name(kernel: GemmKernel) -> str:
+    facts = (kernel.activation, kernel.storage, kernel.arch)
+    return f"{kernel.op} {kernel.tile.m}x{kernel.tile.n} ({', '.join(fact for fact in facts if fact)})"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The kernels of one child. It is asked and answers through files: a pipe would stop it once it has said much, or
+    us once it has died."""
+
+    kernels: list[GemmKernel]
+    scratch: Path
+    number: int
+
+    def start(self) -> subprocess.Popen:
+        arch = self.kernels[0].arch
+        command = [
+            "env", "CUDA_VISIBLE_DEVICES=", f"QUACK_ARCH={arch.removeprefix('sm_').rstrip('af')}",
+            f"CUTE_DSL_ARCH={arch}", sys.executable, "-P", str(_CHILD), str(self.scratch),
+        ]  # fmt: skip
+        asked, said = self.scratch / f"{self.number}.asked", self._said
+        asked.write_text(json.dumps([{"key": kernel.key(), "kernel": asdict(kernel)} for kernel in self.kernels]))
+        with asked.open() as stdin, said.open("w") as stderr:
+            return subprocess.Popen(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
+
+    @property
+    def _said(self) -> Path:
+        return self.scratch / f"{self.number}.said"
+
+    def failure(self, status: int) -> str | None:
+        """The kernel that the child ended at, and its last words. Children make their kernels in order."""
+        for kernel in self.kernels:
+            if not (self.scratch / f"{kernel.key()}.o").exists():
+                return f"{_name(kernel)}: {self._last_words(status)}"
+        return None
+
+    def _last_words(self, status: int) -> str:
+        if status < 0:
+            return f"its compiler was ended by {signal.Signals(-status).name}"
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", self._said.read_text(errors="replace"))  # the generator writes in colour
+        lines = [line.strip() for line in plain.splitlines() if line.strip()]
+        # What follows an error in its own words is advice.
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or [f"exit status {status}"])[-1]
 
 
 def _compile(kernels: list[GemmKernel], scratch: Path) -> None:
     """Spread over one process a core. All of them are waited for, whatever happens to one."""
-    shares = min(len(kernels), len(os.sched_getaffinity(0)))
-    children = [_start_child(kernels[share::shares], scratch) for share in range(shares)]
-    failures = []
-    for child in children:
-        _, said = child.communicate()
-        if child.returncode:
-            lines = [line.strip() for line in said.splitlines() if line.strip()]
-            failures.append(lines[-1] if lines else f"exit status {child.returncode}")
-    if failures:
-        raise JitUnavailable(f"compiling GEMM kernels failed: {failures[0]}")
+    count = min(len(kernels), len(os.sched_getaffinity(0)))
+    shares = [_Share(kernels[number::count], scratch, number) for number in range(count)]
+    children = [share.start() for share in shares]
+    statuses = [child.wait() for child in children]
+    for share, status in zip(shares, statuses, strict=True):
+        failure = share.failure(status)
+        if failure is not None:
+            raise JitUnavailable(f"compiling GEMM kernels failed at {failure}")
 
 
 def _install(kernel: GemmKernel, scratch: Path, folder: Path) -> None:

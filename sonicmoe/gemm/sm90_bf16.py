@@ -15,6 +15,7 @@ from ..cache_safety import JitUnavailable
 from ..quant import naive as quant
 from ..quant.formats import QuantTensor
 from . import grouped, kernel_store
+from .frozen import deliver
 from .gemm_kernel import GemmKernel
 from .grouped import Loaded
 from .plan import Plan
@@ -35,14 +36,13 @@ def _kernel(op: str, storage: str, tile: str | None = None, **facts) -> GemmKern
 
 @dataclass(frozen=True)
 class _Set:
-    """All that one plan can launch, so that what is missing compiles at the same time and not one by one."""
+    """What one plan launches beside its wgrads; loaded with them, so that all that is missing compiles at once."""
 
     up: Loaded
     up_z: Loaded
     down: Loaded
     dx: Loaded
     down_backward: Loaded
-    wgrads: dict  # (transposed, out, accumulate) -> Loaded
 
 
 _WGRADS = [
@@ -56,7 +56,6 @@ _WGRADS = [
 def kernels(plan: Plan) -> _Set:
     storage = plan.storage
     curve = {"activation": plan.activation.value, "clamp": plan.clamp}
-    wgrads = {key: _kernel("wgrad", storage, transposed=key[0], out=key[1], accumulate=key[2]) for key in _WGRADS}
     chosen = {
         "up": _kernel("up", storage, **curve),
         "up_z": _kernel("up_z", storage),
@@ -64,15 +63,21 @@ def kernels(plan: Plan) -> _Set:
         "dx": _kernel("rows", storage, "dx", transposed=True),
         "down_backward": _kernel("down_backward", storage, **curve),
     }
-    wanted = [*chosen.values(), *wgrads.values()]
-    loaded = {
-        kernel: Loaded(kernel, run)
-        for kernel, run in zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True)
-    }
-    return _Set(
-        **{name: loaded[kernel] for name, kernel in chosen.items()},
-        wgrads={key: loaded[kernel] for key, kernel in wgrads.items()},
-    )
+    wanted = [*chosen.values(), *_wgrad_kernels(storage).values()]
+    run = dict(zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True))
+    return _Set(**{name: Loaded(kernel, run[kernel]) for name, kernel in chosen.items()})
+
+
+def _wgrad_kernels(storage: str) -> dict:
+    """By (whether D lies transposed, its dtype if not the storage type, whether it is added to)."""
+    return {key: _kernel("wgrad", storage, transposed=key[0], out=key[1], accumulate=key[2]) for key in _WGRADS}
+
+
+@cache
+def wgrads(storage: str, cache_dir) -> dict:
+    wanted = _wgrad_kernels(storage)
+    found = kernel_store.load(list(wanted.values()), cache_dir)
+    return {key: Loaded(kernel, run) for (key, kernel), run in zip(wanted.items(), found, strict=True)}
 
 
 def combine():
@@ -150,44 +155,34 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     return _rows(kernels(plan).dx, dz, w1_t, weights.hidden_size, routing, out)
 
 
-def _wgrad(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):
+def _wgrad(left_TC, right_MN, target_ECN, transposed, routing, plan, overwrite: bool):
     """``target`` is a view with the columns of ``left`` first; ``transposed`` tells how it lies."""
-    if not any(experts):
-        return
-    if not all(experts):
-        _wgrad_of_some(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers)
-        return
     if not routing.n_rows:
-        if buffers.overwrite:
+        if overwrite:
             target_ECN.zero_()
         return
     dtype = checks.dtype_name(target_ECN)
     out = None if dtype == plan.storage else dtype
-    gemm = kernels(plan).wgrads.get((transposed, out, not buffers.overwrite))
+    gemm = wgrads(storage=plan.storage, cache_dir=plan.cache_dir).get((transposed, out, not overwrite))
     if gemm is None:
         raise TypeError(
-            f"weight gradient: got a {dtype} tensor to {'fill' if buffers.overwrite else 'add to'}, need "
-            f"{plan.storage if buffers.overwrite else 'float32'}"
+            f"weight gradient: got a {dtype} tensor to {'fill' if overwrite else 'add to'}, need "
+            f"{plan.storage if overwrite else 'float32'}"
         )
     left_TC = prepare_rows(left_TC, plan)
     grouped.wgrad(gemm, left_TC, right_MN, target_ECN, routing.expert_offset, routing.x_gather_idx)
 
 
-def _wgrad_of_some(left_TC, right_MN, target_ECN, transposed, experts, routing, plan, buffers):
-    """Frozen experts beside trained ones: all are computed aside, and the trained ones delivered."""
-    whole = torch.empty_like(target_ECN) if buffers.overwrite else torch.zeros_like(target_ECN)
-    everyone = (True,) * len(experts)
-    _wgrad(left_TC, right_MN, whole, transposed, everyone, routing, plan, buffers)
-    for expert, wanted in enumerate(experts):
-        if wanted:
-            target, found = target_ECN[expert], whole[expert]
-            target.copy_(found) if buffers.overwrite else target.add_(found)
-
-
 def accumulate_dw1(dz, x, routing, plan, buffers):
-    _wgrad(x, dz, buffers.dw1_EFH.transpose(1, 2), True, buffers.experts1, routing, plan, buffers)
+    deliver(
+        lambda target: _wgrad(x, dz, target, True, routing, plan, buffers.overwrite),
+        buffers.dw1_EFH.transpose(1, 2), buffers.experts1, buffers.overwrite,
+    )  # fmt: skip
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
-    target = buffers.dw2.transpose(1, 2) if buffers.w2_grouped else buffers.dw2
-    _wgrad(dout, pa, target, buffers.w2_grouped, buffers.experts2, routing, plan, buffers)
+    transposed = buffers.w2_grouped
+    deliver(
+        lambda target: _wgrad(dout, pa, target, transposed, routing, plan, buffers.overwrite),
+        buffers.dw2.transpose(1, 2) if transposed else buffers.dw2, buffers.experts2, buffers.overwrite,
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
     ensure_env.py            Paddle, sonicmoe (editable) and its dev tools
     ensure_env.py --torch    and a real torch in .venv/torch-site, out of reach of .venv's own Python, and beside it
-                             .venv/triton-site, for the kernels in Triton's interpreter and its compiler
+                             .venv/triton-site, for the kernels in Triton's interpreter and its compiler, and
+                             .venv/gemm-site, for the generator of the GEMMs
 
 Only the standard library is used: this runs before anything is installed.
 """
@@ -24,10 +25,25 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TORCH_SITE = VENV / "torch-site"
 TRITON_SITE = VENV / "triton-site"
+GEMM_SITE = VENV / "gemm-site"
+# For the paths of child processes; each with a stamp of its own, and built beside those before it.
+SITES = (TORCH_SITE, TRITON_SITE, GEMM_SITE)
 CONSTRAINTS = ROOT / "tools" / "ci" / "constraints.txt"
 # In a site of its own, because the interpreter of this Triton hands arrays of one element to NumPy as scalars, which
 # NumPy 2.4 no longer takes: it needs an older NumPy than everything else.
 TRITON_PINS = ["triton==3.6.0", "numpy==2.3.5"]
+# The generator as setup.py's extra `gpu` pins it, and of all that its packages ask for what compiling and loading a
+# kernel takes: 110 MB instead of gigabytes of CUDA. Of its two compilers, the one that pip picks for the extra.
+GEMM_PINS = [
+    "quack-kernels==0.6.5",
+    "nvidia-cutlass-dsl==4.8.1",
+    "nvidia-cutlass-dsl-libs-base==4.8.1",
+    "nvidia-cutlass-dsl-libs-core==4.8.1",
+    "nvidia-cutlass-dsl-libs-cu12==4.8.1",
+    "apache-tvm-ffi==0.1.15.post2",
+    "cuda-bindings==13.4.4",
+    "cuda-pathfinder==1.9.0",
+]
 PIP = ["-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", "install", "--progress-bar", "off"]
 
 
@@ -98,7 +114,7 @@ def first_missing(site, dists):
         for line in record.splitlines():
             name = line.rsplit(",", 2)[0].strip('"')
             # Byte code comes and goes; scripts of a --target install are recorded where they do not lie.
-            if name.endswith(".pyc") or (site in (TORCH_SITE, TRITON_SITE) and name.startswith("..")):
+            if name.endswith(".pyc") or (site in SITES and name.startswith("..")):
                 continue
             if not os.path.exists(os.path.join(site, name)):
                 return name
@@ -160,7 +176,7 @@ def ensure_core(lock):
     # The stamp goes first, and the new one comes last: whatever interrupts us, a half-built tree has none.
     (VENV / "stamp.json").unlink(missing_ok=True)
     for path in VENV.iterdir():
-        if path in (TORCH_SITE, TRITON_SITE):
+        if path in SITES:
             continue  # big, and judged by stamps of their own
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -192,7 +208,9 @@ def ensure_site(site, what, packages, check, lock):
     if site.exists():
         shutil.rmtree(site)
     run_step(what, [PYTHON, *PIP, "--target", site, *packages], lock)
-    beside = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (site, TORCH_SITE)))}
+    # cutlass lies deeper, where a .pth file points to in an ordinary installation.
+    path = (site, site / "nvidia_cutlass_dsl" / "dsl_packages", *SITES[: SITES.index(site)])
+    beside = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     run_step(f"{what}: imports beside .venv's packages", [PYTHON, "-c", check], lock, env=beside)
     write_stamp(stamp, site, version)
     return True
@@ -206,12 +224,14 @@ def ensure_torch(lock):
         "import numpy, torch, triton; assert [f'{m.__name__}=={m.__version__}' for m in (triton, numpy)] == "
         + repr(TRITON_PINS)
     )
-    return ensure_site(TRITON_SITE, "triton", packages, check, lock) or built
+    built = ensure_site(TRITON_SITE, "triton", packages, check, lock) or built
+    check = "import quack, tvm_ffi; from cutlass.cute.runtime import load_module"
+    return ensure_site(GEMM_SITE, "generator of the GEMMs", ["--no-deps", *GEMM_PINS], check, lock) or built
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", action="store_true", help="also set up .venv/torch-site and .venv/triton-site")
+    parser.add_argument("--torch", action="store_true", help="also set up the sites beside it: torch, Triton, GEMMs")
     args = parser.parse_args()
     # With .venv activated, "python3" is the one inside it: step out before pulling it down.
     base = getattr(sys, "_base_executable", sys.executable)

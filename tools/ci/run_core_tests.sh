@@ -21,11 +21,12 @@ esac
 # The suite must not depend on whose shell it is: paths that could bring in other packages, flags of sonicmoe, and
 # what git sets for its hooks.
 unset PYTHONPATH PYTHONHOME USE_QUACK_GEMM ${!SONIC_MOE_@} ${!GIT_@}
-unset SONICMOE_TEST_TORCH_SITE SONICMOE_TEST_TRITON_SITE
+unset SONICMOE_TEST_TORCH_SITE SONICMOE_TEST_TRITON_SITE SONICMOE_TEST_GEMM_SITE
 
 bash tools/ci/ensure_env.sh ${with_torch[@]+"${with_torch[@]}"}
 if ((${#with_torch[@]})); then
     export SONICMOE_TEST_TORCH_SITE="$PWD/.venv/torch-site"
     export SONICMOE_TEST_TRITON_SITE="$PWD/.venv/triton-site"
+    export SONICMOE_TEST_GEMM_SITE="$PWD/.venv/gemm-site"
 fi
 exec .venv/bin/python tools/ci/phases.py "$@" </dev/null

@@ -8,6 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 # As run_core_tests.sh does; but PYTHONPATH stays, because here it may well be what brings the packages in.
 unset USE_QUACK_GEMM ${!SONIC_MOE_@} ${!GIT_@}
-unset SONICMOE_TEST_TORCH_SITE SONICMOE_TEST_TRITON_SITE
+unset SONICMOE_TEST_TORCH_SITE SONICMOE_TEST_TRITON_SITE SONICMOE_TEST_GEMM_SITE
 
 exec "${PYTHON:-python3}" tools/ci/phases.py --phase gpu </dev/null

@@ -1,0 +1,62 @@
+"""Asks the store of compiled GEMMs for kernels, in a process of its own, and says what came of it as a line of JSON.
+
+    gemm_store_child.py '{"cache": CACHE, "ops": ["up", "rows"], ...}'
+
+ops       one kernel each; the answer of its object is its own op
+start     a file to wait for, so that several children start at once
+threads   how many threads ask for all of them, 1 if not given
+umask     an octal number, as text
+user      an id to become once everything is imported
+fail      [function, errno], as ["os.mkdir", "ENOSPC"]: calls of it that write below the cache fail that way
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock  # noqa: F401  before this process becomes somebody who may not read it
+
+from sonicmoe.gemm import kernel_store
+from sonicmoe.gemm.gemm_kernel import GemmKernel, Tile
+
+STUB = Path(__file__).with_name("stub_gemm_compile.py")
+
+
+def load(ops: list[str], cache: Path) -> dict:
+    kernels = [GemmKernel(op, Tile(128, 192), activation="swiglu") for op in ops]
+    try:
+        found = kernel_store.load(kernels, cache)
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"answer": found, "present": len(kernel_store.present(kernels, cache))}
+
+
+def main(request: dict) -> list[dict]:
+    kernel_store._CHILD = STUB
+    cache = Path(request["cache"])
+    if "umask" in request:
+        os.umask(int(request["umask"], 8))
+    if "user" in request:
+        import cutlass.cute.runtime  # noqa: F401
+
+        kernel_store._tool_key()
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+    if "fail" in request:
+        from tests.workers.jit_child import make_fail
+
+        make_fail(request["fail"][0], getattr(errno, request["fail"][1]), cache)
+    while "start" in request and not os.path.exists(request["start"]):
+        time.sleep(0.002)
+    threads = request.get("threads", 1)
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda _: load(request["ops"], cache), range(threads)))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
