@@ -19,18 +19,19 @@ from metadata import copy_us, gpu_us, wall_us
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from sonicmoe import SonicMoEConfig
-from sonicmoe.quant import triton_fingerprint
+from sonicmoe.quant import naive as quant
+from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import metadata, naive, topk, triton_combine, triton_topk
 
 GPU = "cuda"
 NAIVE = SonicMoEConfig(metadata_backend="naive")
 
 
-def routing_of(n_tokens, k, n_experts, share=1.0):
+def routing_of(n_tokens, k, n_experts, share=1.0, block=1):
     """Different experts for each token; a slot is on this rank with probability ``share``."""
     ids = torch.rand(n_tokens, n_experts, device=GPU).argsort(dim=1)[:, :k]
     ids = torch.where(torch.rand(ids.shape, device=GPU) < share, ids, -1)
-    return metadata.build(ids, torch.rand(n_tokens, k, device=GPU), n_experts, 1, NAIVE)
+    return metadata.build(ids, torch.rand(n_tokens, k, device=GPU), n_experts, block, NAIVE)
 
 
 def sum_slots_cases():
@@ -117,8 +118,72 @@ def fingerprint_cases():
         yield SimpleNamespace(kernel="fingerprint", shape=name, moved=moved, call=call, right=right)
 
 
+def same(found, wanted) -> bool:
+    """The same bytes, of e4m3 data and of scales."""
+    pairs = zip(found, wanted, strict=True)
+    return all(torch.equal(*(tensor.reshape([-1]).view(torch.uint8) for tensor in pair)) for pair in pairs)
+
+
+def quantize_rows_cases():
+    shapes = [(8192, 3072, torch.bfloat16), (65536, 3072, torch.bfloat16), (8192, 7168, torch.float32)]
+    for n_rows, width, dtype in shapes:
+        x = torch.randn(n_rows, width, device=GPU).to(dtype)
+        call = functools.partial(triton_quantize.quantize_rows, x)
+
+        def right(call=call, x=x):
+            wanted = quant.quantize(x, (1, 128))
+            return same(call(), (wanted.data, wanted.scale))
+
+        moved = x.numel() * (x.element_size() + 1 + 4 / 128)
+        about = f"T={n_rows} C={width} {str(dtype)[6:]}"
+        yield SimpleNamespace(kernel="quantize rows", shape=about, moved=int(moved), call=call, right=right)
+
+
+def quantize_weight_cases():
+    shapes = [((32, 3072, 3072), torch.bfloat16), ((32, 3072, 1536), torch.bfloat16), ((4, 512, 512), torch.float32)]
+    for shape, dtype in shapes:
+        w = (torch.randn(shape, device=GPU) * 0.02).to(dtype)
+        call = functools.partial(triton_quantize.quantize_weight, w)
+
+        def right(call=call, w=w):
+            wanted = quant.quantize(w, (128, 128))
+            turned = quant.transposed(wanted)
+            return same(call(), (wanted.data, wanted.scale, turned.data, turned.scale))
+
+        about = f"[E,R,C]={list(shape)} {str(dtype)[6:]}"
+        moved = w.numel() * (w.element_size() + 2)
+        yield SimpleNamespace(kernel="quantize weight", shape=about, moved=moved, call=call, right=right)
+
+
+def quantize_tokens_cases():
+    """``moved`` counts a row each time that it is gathered, though the L2 cache may have it from the last time."""
+    shapes = [(8192, 8, 3072, torch.bfloat16, True), (8192, 8, 3072, torch.bfloat16, False)]
+    shapes += [(8192, 8, 3072, torch.float8_e4m3fn, True), (65536, 1, 3072, torch.float8_e4m3fn, False)]
+    shapes += [(8192, 8, 1536, torch.bfloat16, False), (1024, 8, 3072, torch.bfloat16, True)]
+    for n_tokens, k, width, dtype, gathered in shapes:
+        routing = routing_of(n_tokens, k, 64, block=128)
+        rows = torch.randn(n_tokens if gathered else routing.n_rows, width, device=GPU).to(torch.bfloat16)
+        moved = routing.n_slots * width * dtype.itemsize + routing.n_rows * (width * (1 + 4 / 128) + 8)
+        given, values = rows, rows.float()
+        if dtype is torch.float8_e4m3fn:
+            made = quant.quantize(rows, (1, 128))
+            given, values = (made.data, made.scale), quant.dequantize(made)
+            moved += routing.n_slots * width / 128 * 4
+        call = functools.partial(triton_quantize.quantize_tokens, given, routing, False, gathered)
+
+        def right(call=call, values=values, routing=routing, gathered=gathered):
+            values = values[routing.x_gather_idx.long()] if gathered else values
+            values = torch.where((routing.s_scatter_idx < routing.n_slots).reshape(-1, 1), values, 0.0)
+            wanted = quant.quantize(values.t().contiguous(), (1, 128))
+            return same(call(), (wanted.data, wanted.scale.t()))
+
+        about = f"T={n_tokens} K={k} C={width} {str(dtype)[6:]}{' gathered' if gathered else ''}"
+        yield SimpleNamespace(kernel="quantize tokens", shape=about, moved=int(moved), call=call, right=right)
+
+
 CASES = {"sum_slots": sum_slots_cases, "finish_ds": finish_ds_cases, "topk": topk_cases}
-CASES["fingerprint"] = fingerprint_cases
+CASES |= {"fingerprint": fingerprint_cases, "quantize_rows": quantize_rows_cases}
+CASES |= {"quantize_weight": quantize_weight_cases, "quantize_tokens": quantize_tokens_cases}
 
 
 def measure(case, repeats: int) -> dict:
@@ -150,7 +215,7 @@ def main() -> int:
             row = {**measure(case, args.repeats), **machine}
             rows.append(row)
             figures = "  ".join(f"{row.get(column, ''):>8}" for column in COLUMNS[2:9])
-            print(f"{row['kernel']:>14}  {row['shape']:<44}{figures}", flush=True)
+            print(f"{row['kernel']:>15}  {row['shape']:<44}{figures}", flush=True)
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

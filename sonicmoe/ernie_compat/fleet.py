@@ -14,7 +14,7 @@ from .. import checks
 from ..enums import ActivationType, is_glu
 from ..gemm.api import ExpertWeights, GradBuffers
 from ..gemm.plan import Plan, make_plan
-from ..quant import naive as quant
+from ..quant.api import quantize_weights
 from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
 from . import dispatch
@@ -149,7 +149,7 @@ def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan) -> ExpertWeight
         w1_EFH, w2_EHI = (w.detach().astype(plan.storage) for w in (w1, w2))
         if plan.recipe is None:
             return ExpertWeights(w1_EFH, w2_EHI, None, hidden, intermediate)
-        fp8 = quant.quantize_weights(w1_EFH, w2_EHI, plan.recipe)
+        fp8 = quantize_weights(w1_EFH, w2_EHI, plan.recipe, plan.backend)
         return ExpertWeights(None, None, fp8, hidden, intermediate)
     if plan.recipe is None:
         raise ValueError(f"{emptied[0]}: its bf16 storage is empty and fp8 is False; need the bf16 weights")

@@ -4,16 +4,16 @@ import paddle
 
 from .. import checks
 from ..config import SonicMoEConfig
-from ..quant import naive as quant
+from ..quant import api as quant
 from ..quant.formats import Recipe, make_recipe
 
 
-def _recipe(recipe: str | None, iso32: bool | None) -> Recipe:
+def _recipe(recipe: str | None, iso32: bool | None) -> tuple[Recipe, str]:
+    """The recipe, and the backend that the configuration asks for."""
     config = SonicMoEConfig.current()
     name = recipe or ("sm90" if config.fp8_recipe == "auto" else config.fp8_recipe)
-    return make_recipe(
-        name, iso32=config.fp8_iso32_weight if iso32 is None else bool(iso32), pow2=config.fp8_pow2_scale
-    )
+    iso32 = config.fp8_iso32_weight if iso32 is None else bool(iso32)
+    return make_recipe(name, iso32=iso32, pow2=config.fp8_pow2_scale), config.backend
 
 
 def quantize_native_fp8_weights(w1, w2, iso32=None, recipe=None):
@@ -31,7 +31,7 @@ def quantize_native_fp8_weights(w1, w2, iso32=None, recipe=None):
             given = list(checks.shape_of(weight))
             raise ValueError(f"{name}: got shape {given}, need multiples of {checks.FP8_ALIGN} after E for FP8 blocks")
     with paddle.no_grad():
-        copies = quant.quantize_weights(w1.detach(), w2.detach(), _recipe(recipe, iso32))
+        copies = quant.quantize_weights(w1.detach(), w2.detach(), *_recipe(recipe, iso32))
     return tuple((q.data, q.scale) for q in (copies.w1, copies.w1_t, copies.w2, copies.w2_t))
 
 
@@ -44,5 +44,5 @@ def quantize_activation_blockscaled_fast(x, recipe=None):
     if hidden % checks.FP8_ALIGN:
         raise ValueError(f"x: got {hidden} channels, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
     with paddle.no_grad():
-        rows = quant.quantize_rows(x.detach(), _recipe(recipe, False))
+        rows = quant.quantize_rows(x.detach(), *_recipe(recipe, False))
     return rows.data, rows.scale

@@ -15,7 +15,7 @@ from .. import checks
 from ..enums import is_glu
 from ..gemm.api import ExpertWeights
 from ..gemm.plan import Plan
-from ..quant import naive as quant
+from ..quant.api import quantize_weights
 from .weight_layout_fusion import fused_grouped_w1_to_sonic, fused_transpose_w2_layout
 
 
@@ -130,7 +130,7 @@ class WeightStore:
             w2 = fused_transpose_w2_layout(self._stacked(self.params2(), plan.storage))
             if plan.recipe is None:
                 return ExpertWeights(w1, w2, None, self.hidden_size, self.intermediate_size)
-            fp8 = quant.quantize_weights(w1, w2, plan.recipe)
+            fp8 = quantize_weights(w1, w2, plan.recipe, plan.backend)
             return ExpertWeights(None, None, fp8, self.hidden_size, self.intermediate_size)
 
     def _stacked(self, params, storage):

@@ -19,7 +19,7 @@ from ..expert_mlp import ExpertWeights, GradBuffers, QuantTensor, Saved
 from ..expert_mlp import backward as engine_backward
 from ..expert_mlp import forward as engine_forward
 from ..gemm.plan import Plan
-from ..quant.naive import quantize_weights
+from ..quant.api import quantize_weights
 from ..routing.metadata import Routing
 from ..wgrad_deferral import offer_wgrad
 from .streams import without_autocast
@@ -88,7 +88,8 @@ def _engine_weights(w1, w2, plan: Plan) -> ExpertWeights:
     hidden, intermediate = int(w2.shape[1]), int(w2.shape[2])
     if plan.recipe is None:
         return ExpertWeights(w1, w2, None, hidden, intermediate)
-    return ExpertWeights(None, None, quantize_weights(w1, w2, plan.recipe), hidden, intermediate)
+    fp8 = quantize_weights(w1, w2, plan.recipe, plan.backend)
+    return ExpertWeights(None, None, fp8, hidden, intermediate)
 
 
 def _apart(z):

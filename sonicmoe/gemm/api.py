@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..quant.formats import QuantWeights
-from . import naive, sm90_bf16
+from . import naive, sm90_bf16, sm90_fp8
 from .plan import Plan
 
 
@@ -84,7 +84,7 @@ class Stages(Protocol):
         """dW2[e] += dout^T (p*a), dout gathered; ``=`` under ``buffers.overwrite``."""
 
 
-_BACKENDS = {"naive": naive, "sm90_bf16": sm90_bf16}
+_BACKENDS = {"naive": naive, "sm90_bf16": sm90_bf16, "sm90_fp8": sm90_fp8}
 
 
 def stages(plan: Plan) -> Stages:

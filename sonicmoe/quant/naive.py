@@ -64,7 +64,8 @@ def quantize(x, block: tuple[int, int], *, ue8m0: bool = False, pow2: bool = Fal
         return QuantTensor(torch.zeros([*lead, r, c], dtype=torch.float8_e4m3fn, device=x.device), scale, block)
     magnitude = torch.where(torch.isfinite(x), x.abs(), torch.zeros_like(x))
     amax = _tiles(magnitude, block).amax(dim=-1).amax(dim=-2)
-    scale = (amax / E4M3_MAX).clamp(min=_MIN_SCALE)
+    # By a tensor: for a plain number torch on a GPU multiplies by its reciprocal, which may be the next float32.
+    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=_MIN_SCALE)
     if ue8m0 or pow2:
         exponent = round_up_to_power_of_two(scale)
         scale = (exponent << 23).view(torch.float32)

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from sonicmoe.quant import triton_fingerprint
+from sonicmoe.quant import naive as quant
+from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import naive, triton_combine, triton_topk
-from tests.support import children, small_kernels
+from tests.support import children, quantizers, small_kernels
 from tests.workers.jit_routings import distinct, elsewhere, holes, skewed, uniform
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +18,7 @@ GPU = torch.device("cuda", 0)
 LARGE = [(4096, 8, 64, 128, distinct), (3000, 9, 40, 1, holes), (1000, 32, 128, 32, elsewhere), (2048, 4, 8, 1, skewed)]
 
 
-EVERY_CHECK = [check for checks in small_kernels.CHECKS.values() for check in checks]
+EVERY_CHECK = [check for group in (small_kernels, quantizers) for checks in group.CHECKS.values() for check in checks]
 
 
 @pytest.mark.parametrize("check", EVERY_CHECK, ids=lambda check: check.__name__)
@@ -41,6 +42,38 @@ def test_topk_at_size():
     shapes = [(8192, 64, 8), (777, 1000, 32), (4097, 96, 6)]
     assert small_kernels.check_topk(GPU, shapes) == []
     assert small_kernels.check_topk_backward(GPU, shapes) == []
+
+
+def test_quantizers_at_size():
+    kinds = ("ordinary", "holes", "ties")
+    assert quantizers.check_quantize_rows(GPU, [(4096, 3072), (777, 7168)], kinds) == []
+    assert quantizers.check_quantize_weight(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
+    routings = [(n_tokens, k, n_experts, kind) for n_tokens, k, n_experts, _, kind in LARGE]
+    assert quantizers.check_quantize_tokens(GPU, (1536, 640), routings, kinds) == []
+    assert quantizers.check_quantize_tokens_of_fp8(GPU, (1536, 640), routings, kinds) == []
+
+
+def test_quantizers_past_two_billion_elements():
+    """Offsets of 64 bits: what lies last is compared."""
+    width, n_tokens = 4096, 2**19 + 128
+    x = torch.empty(n_tokens, width, dtype=torch.bfloat16, device=GPU)
+    x.copy_(torch.arange(n_tokens, device=GPU).remainder(251).reshape(-1, 1)).add_(torch.arange(width, device=GPU))
+    data, scale = triton_quantize.quantize_rows(x)
+    wanted = quant.quantize(x[-200:], (1, 128))
+    assert quantizers.differences("rows", (data[-200:], scale[-200:]), (wanted.data, wanted.scale)) == []
+    data, scale, data_t, scale_t = triton_quantize.quantize_weight(x[None])
+    wanted = quant.quantize(x[None, -256:], (128, 128))
+    turned = quant.transposed(wanted)
+    assert quantizers.differences("weight", (data[:, -256:], scale[:, -2:]), (wanted.data, wanted.scale)) == []
+    found = (data_t[:, :, -256:], scale_t[:, :, -2:])
+    assert quantizers.differences("transposed", found, (turned.data, turned.scale)) == []
+    del data, data_t
+    routing = small_kernels.make_routing(small_kernels.np.random.default_rng(0), n_tokens, 1, 1, 128, uniform, GPU)
+    data, scale = triton_quantize.quantize_tokens(x, routing)  # sorted order is the tokens' own
+    for columns in (slice(0, 128), slice(width - 128, width)):
+        wanted = quant.quantize(x[-256:, columns].t().contiguous(), (1, 128))
+        found = (data[columns, -256:], scale[-2:, columns])
+        assert quantizers.differences(f"tokens {columns}", found, (wanted.data, wanted.scale.t())) == []
 
 
 def test_rows_past_two_billion_elements():
@@ -70,6 +103,7 @@ def test_repeats_are_the_same_bits():
             indices,
             triton_topk.topk_softmax_backward(scores, scores, indices, 128, torch.bfloat16),
             triton_fingerprint.fingerprint(weights).state,
+            *triton_quantize.quantize_tokens(rows, routing, gathered=False),
         ]
 
     first = everything()
@@ -80,6 +114,7 @@ def test_repeats_are_the_same_bits():
 
 def test_new_token_counts_compile_nothing():
     kernels = (triton_combine._sum_slots, triton_combine._finish_ds, triton_topk._topk_softmax)
+    kernels += (triton_quantize._quantize_rows, triton_quantize._quantize_tokens)
 
     def count():
         return [len(kernel.device_caches[GPU.index][0]) for kernel in kernels]
@@ -91,6 +126,9 @@ def test_new_token_counts_compile_nothing():
         triton_combine.sum_slots(rows, routing, torch.bfloat16)
         triton_combine.finish_ds(rows[:, :11].float(), routing)
         triton_topk.topk_softmax_forward(torch.randn(n_tokens, 48, device=GPU), 3)
+        routing = small_kernels.make_routing(rng, n_tokens, 3, 16, 128, distinct, GPU)
+        triton_quantize.quantize_rows(torch.randn(n_tokens, 384, device=GPU))
+        triton_quantize.quantize_tokens(torch.randn(n_tokens, 384, device=GPU), routing)
 
     run(17)
     before = count()

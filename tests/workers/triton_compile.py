@@ -62,12 +62,12 @@ def compile_only() -> dict:
 TOKENS = (17, 1, 2, 16, 32, 160, 3, 255, 4096, 1)
 
 
-def routing_of(torch, n_tokens, topk, draw):
+def routing_of(torch, n_tokens, topk, draw, block=1):
     """Shapes and addresses are all that counts. The index arrays are cut out of one allocation at any word, as
     ``Arrays`` of sonicmoe/routing does it."""
     n_slots = max(1, draw.randint(0, n_tokens * topk))
-    n_rows = n_slots + draw.randint(0, 40)
-    whole = torch.zeros([4 * (n_rows + n_tokens + 50)], dtype=torch.int32)
+    n_rows = -(-(n_slots + draw.randint(0, 40)) // block) * block
+    whole = torch.zeros([5 * (n_rows + n_tokens + 50)], dtype=torch.int32)
 
     def cut(size, start=[0]):  # noqa: B006  the running end is what it is for
         start[0] += draw.randint(0, 5)
@@ -83,12 +83,14 @@ def routing_of(torch, n_tokens, topk, draw):
         slot_offset=cut(n_tokens + 1),
         score_src_idx=cut(n_slots),
         scores=cut(n_rows).view(torch.float32),
+        x_gather_idx=cut(n_rows),
+        s_scatter_idx=cut(n_rows),
     )
 
 
 def call_everything(torch, n_tokens, draw):
     """One model's calls: H=3072, K=8, E=32."""
-    from sonicmoe.quant import triton_fingerprint
+    from sonicmoe.quant import triton_fingerprint, triton_quantize
     from sonicmoe.routing import triton_combine, triton_switch_loss, triton_topk
 
     routing = routing_of(torch, n_tokens, 8, draw)
@@ -105,10 +107,15 @@ def call_everything(torch, n_tokens, draw):
     weights = [flat[start:] for start in range(draw.randint(1, 5))]
     first = triton_fingerprint.fingerprint(weights)
     triton_fingerprint.fingerprint(weights, first.state, first.table)
+    x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
+    triton_quantize.quantize_rows(x)
+    triton_quantize.quantize_weight(torch.zeros([1, 256, 3072], dtype=torch.bfloat16))
+    triton_quantize.quantize_tokens(x, routing_of(torch, n_tokens, 8, draw, 128))
 
 
 def variants(torch):
     """Other models, types and limits: only that they compile."""
+    from sonicmoe.quant import triton_quantize
     from sonicmoe.routing import triton_combine, triton_topk
 
     draw = random.Random(1)
@@ -121,6 +128,14 @@ def variants(torch):
     for n_experts, k, dtype in ((1024, 32, torch.float32), (160, 6, torch.bfloat16), (8, 2, torch.float16)):
         scores, indices = triton_topk.topk_softmax_forward(torch.zeros([5, n_experts], dtype=dtype), k)
         triton_topk.topk_softmax_backward(scores, scores, indices, n_experts, dtype)
+    routing = routing_of(torch, 5, 2, draw, 128)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        triton_quantize.quantize_rows(torch.zeros([5, 256], dtype=dtype), pow2=True)
+        triton_quantize.quantize_weight(torch.zeros([1, 128, 256], dtype=dtype), pow2=True)
+        triton_quantize.quantize_tokens(torch.zeros([5, 256], dtype=dtype), routing, pow2=True)
+        triton_quantize.quantize_tokens(torch.zeros([routing.n_rows, 256], dtype=dtype), routing, gathered=False)
+    payload = torch.zeros([5, 256], dtype=torch.float8_e4m3fn), torch.zeros([5, 2], dtype=torch.float32)
+    triton_quantize.quantize_tokens(payload, routing)
 
 
 def faults(kernel) -> list[str]:
@@ -129,10 +144,22 @@ def faults(kernel) -> list[str]:
     found = [] if ".target sm_90" in code else ["not for sm_90"]
     if len(kernel.asm["cubin"]) < 1000:
         found.append("no machine code")
-    return found + [f"has {word}" for word in ("atom.", "red.global", "st.local") if word in code]
+    found += [f"has {word}" for word in ("atom.", "red.global", "st.local") if word in code]
+    # What the assembler moves there when registers run out, the code before it does not show.
+    return found + (["spills registers"] if "STL" in kernel.asm["sass"] else [])
 
 
-WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 2, "_topk_softmax": 1}  # of 16 bytes
+# Of 16 bytes, in what call_everything compiles.
+WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 2, "_topk_softmax": 1}
+WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weight": 8, "_quantize_tokens": 8}
+WIDE_STORES = {"_quantize_rows": 2, "_quantize_weight": 8, "_quantize_tokens": 4}
+
+
+def exact_arithmetic(kernel) -> list[str]:
+    """A quantizer's subnormals count, its quotients are those of IEEE, and its casts are the hardware's."""
+    code = kernel.asm["ptx"]
+    found = [f"has {word}" for word in (".ftz", "div.full", "div.approx", "rcp.approx") if word in code]
+    return found + [f"no {word}" for word in ("div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32") if word not in code]
 
 
 def main(framework: str):
@@ -147,15 +174,19 @@ def main(framework: str):
     for n_tokens in TOKENS:
         call_everything(torch, n_tokens, draw)
     answer = {name: {"compiled": len(kernels), "faults": faults(kernels[0])} for name, kernels in made.items()}
-    for name, wanted in WIDE_LOADS.items():
-        code = made[name][0].asm["ptx"]
-        wide = code.count("ld.global.v4.b32") + code.count("ld.global.v2.b64")
-        if wide != wanted:
-            answer[name]["faults"].append(f"{wide} loads of 16 bytes, not {wanted}")
+    for access, counts in (("ld", WIDE_LOADS), ("st", WIDE_STORES)):
+        for name, wanted in counts.items():
+            code = made[name][0].asm["ptx"]
+            wide = code.count(f"{access}.global.v4.b32") + code.count(f"{access}.global.v2.b64")
+            if wide != wanted:
+                answer[name]["faults"].append(f"{wide} times {access} of 16 bytes, not {wanted}")
     if framework == "torch":
         variants(torch)
         for name, kernels in made.items():
             answer[name]["faults"] += [fault for kernel in kernels[1:] for fault in faults(kernel)]
+    for name, kernels in made.items():
+        if name.startswith("_quantize"):
+            answer[name]["faults"] += [fault for kernel in kernels for fault in exact_arithmetic(kernel)]
     print(json.dumps(answer))
 
 

@@ -1,13 +1,15 @@
-"""One group of checks of tests/support/small_kernels.py in Triton's interpreter: {check: what differed} as JSON."""
+"""One group of checks of tests/support/{small_kernels,quantizers}.py in Triton's interpreter, as JSON:
+{check: what differed}."""
 
 import json
 import sys
 
 
 def main(group: str):
-    from tests.support import small_kernels
+    from tests.support import quantizers, small_kernels
 
-    print(json.dumps({check.__name__: check("cpu") for check in small_kernels.CHECKS[group]}))
+    checks = small_kernels.CHECKS | quantizers.CHECKS
+    print(json.dumps({check.__name__: check("cpu") for check in checks[group]}))
 
 
 if __name__ == "__main__":

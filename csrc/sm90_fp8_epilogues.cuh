@@ -1,0 +1,196 @@
+// What happens to a warpgroup's sums, 64 rows of 128 columns in registers: see Lane and product_64x128x32 for who holds
+// what. Results leave through the warpgroup's own piece of shared memory, so the two never wait for each other.
+#pragma once
+
+#include "sm90_fp8_mainloop.cuh"
+
+namespace sonicmoe::sm90 {
+
+constexpr float kE4m3Max = 448.0f;
+constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126: the inverse stays finite
+constexpr float kLargest = 3.402823466e38f;
+
+// Byte of column ``at`` in row ``row`` of a tile with rows of 128 bytes, in the swizzle of the bulk copies.
+__device__ __forceinline__ int swizzled(int row, int at) { return row * 128 + (at ^ ((row % 8) * 16)); }
+
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
+  return fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
+}
+
+// The magnitude that counts for a block's scale: an Inf or a NaN does not.
+__device__ __forceinline__ float finite_magnitude(float value) {
+  const float size = fabsf(value);
+  return size <= kLargest ? size : 0.0f;
+}
+
+__device__ __forceinline__ float block_scale(float largest, bool pow2) {
+  const float scale = fmaxf(__fdiv_rn(largest, kE4m3Max), kSmallestScale);
+  if (!pow2) return scale;
+  const uint32_t bits = __float_as_uint(scale);
+  return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
+}
+
+// An Inf would saturate to a number; as a NaN it stays visible.
+__device__ __forceinline__ float scaled(float value, float inverse) {
+  return fabsf(value) <= kLargest ? value * inverse : __int_as_float(0x7FFFFFFF);
+}
+
+// Before shared memory is written again: the bulk stores have read it.
+__device__ __forceinline__ void begin_output(const Lane& me) {
+  if (me.leads()) store_wait_read();
+  warpgroup_sync(1 + me.group);
+}
+
+// All have written: true for the one thread that hands it to the bulk stores.
+__device__ __forceinline__ bool end_output(const Lane& me) {
+  fence_for_async_reads();
+  warpgroup_sync(1 + me.group);
+  return me.leads();
+}
+
+// ---- rows: y, rounded to 16 bits
+
+__device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
+                                  const float (&total)[64]) {
+  begin_output(me);
+  // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
+  const int row = me.warp * 16 + me.lane % 16;
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    const int column = 8 * j + me.lane / 16 * 8, at = column % 64 * 2;
+    const float* v = total + 4 * j;
+    store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), two(v[0], v[1], p.half),
+                   two(v[2], v[3], p.half), two(v[4], v[5], p.half), two(v[6], v[7], p.half));
+  }
+  if (end_output(me)) {
+    if (unit.alive) {
+      const int y = unit.row + me.group * 64;
+      tensor_store(maps.d, out, unit.column, y);
+      tensor_store(maps.d, out + 8192, unit.column + 64, y);
+    }
+    store_commit();
+  }
+}
+
+// ---- up: z and a = swiglu(z), both quantized
+
+// e4m3 of a row's 128 values, of which a quad holds 2 + 2 + ... neighbours each; returns nothing but writes the scale.
+__device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row, int below,
+                                                const float (&total)[64]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    largest = fmaxf(largest, finite_magnitude(total[4 * j + below]));
+    largest = fmaxf(largest, finite_magnitude(total[4 * j + below + 1]));
+  }
+  const float scale = block_scale(quad_max(largest), p.pow2), inverse = __fdiv_rn(1.0f, scale);
+  row = fresh(row);
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const uint32_t pair = to_e4m3(scaled(total[4 * j + below], inverse), scaled(total[4 * j + below + 1], inverse));
+    *reinterpret_cast<uint16_t*>(out + swizzled(row, 8 * j + 2 * me.quad())) = static_cast<uint16_t>(pair);
+  }
+  return scale;
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
+  gate = gate > clamp ? clamp : gate;  // not fminf: a NaN stays
+  up = up > clamp ? clamp : up < -clamp ? -clamp : up;
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+}
+
+// The four lanes of a quad hold four bytes each, one of every fourth column; afterwards, of the columns that follow
+// each other: lane q has byte q of lanes 0, 1, 2, 3.
+__device__ __forceinline__ uint32_t transpose_quad(uint32_t mine, int quad) {
+  uint32_t other = __shfl_xor_sync(0xffffffff, mine, 1);
+  mine = quad & 1 ? __byte_perm(other, mine, 0x7351) : __byte_perm(mine, other, 0x6240);
+  other = __shfl_xor_sync(0xffffffff, mine, 2);
+  return quad & 2 ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
+}
+
+// a of one row: 16 values from the left tile of z and 16 from the right one make its block of 128.
+__device__ __forceinline__ float quantize_a_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row,
+                                                const float* left, const float* right) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 16; ++j) largest = fmaxf(largest, fmaxf(finite_magnitude(left[j]), finite_magnitude(right[j])));
+  const float scale = block_scale(quad_max(largest), p.pow2), inverse = __fdiv_rn(1.0f, scale);
+  row = fresh(row);
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const float* v = side ? right : left;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      const uint32_t low = to_e4m3(scaled(v[4 * g], inverse), scaled(v[4 * g + 1], inverse));
+      const uint32_t high = to_e4m3(scaled(v[4 * g + 2], inverse), scaled(v[4 * g + 3], inverse));
+      const uint32_t word = transpose_quad(low | high << 16, me.quad());
+      *reinterpret_cast<uint32_t*>(out + swizzled(row, side * 64 + 16 * g + 4 * me.quad())) = word;
+    }
+  }
+  return scale;
+}
+
+// One of the two tiles of z; ``a`` [32] gets its 16 activations of this thread's row, and of the row below.
+__device__ inline void store_z(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
+                               int tile, const float (&total)[64], float (&a)[32]) {
+  begin_output(me);
+  const int column = unit.column + tile * kTile;
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    const int row = me.row() + 8 * below;
+    const float scale = quantize_z_row(p, out, me, row, 2 * below, total);
+    const int64_t sorted = unit.row + me.group * 64 + row;
+    if (unit.alive && me.quad() == 0) p.d_scale[sorted * (p.width / kTile) + column / kTile] = scale;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      a[16 * below + j] = swiglu(total[4 * j + 2 * below], total[4 * j + 2 * below + 1], p.clamp);
+    }
+  }
+  if (end_output(me)) {
+    if (unit.alive) tensor_store(maps.d, out, column, unit.row + me.group * 64);
+    store_commit();
+  }
+}
+
+__device__ inline void store_a(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
+                               const float (&left)[32], const float (&right)[32]) {
+  out += kOperandBytes / 2;  // beside z: nothing to wait for that store_z has not waited for
+  const int column = unit.column / 2;
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    const int row = me.row() + 8 * below;
+    const float scale = quantize_a_row(p, out, me, row, left + 16 * below, right + 16 * below);
+    const int64_t sorted = unit.row + me.group * 64 + row;
+    if (unit.alive && me.quad() == 0) p.e_scale[sorted * (p.width / 2 / kTile) + column / kTile] = scale;
+  }
+  if (end_output(me)) {
+    if (unit.alive) tensor_store(maps.e, out, column, unit.row + me.group * 64);
+    store_commit();
+  }
+}
+
+// ---- wgrad: into the caller's own memory
+
+// Each element belongs to one thread of one launch, so the additions have no order that could differ.
+__device__ inline void store_wgrad(const Fp8Gemm& p, const Lane& me, const Unit& unit, const float (&total)[64]) {
+  if (!unit.alive || (p.add && unit.steps == 0)) return;
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    const int64_t row = static_cast<int64_t>(unit.expert) * p.height + unit.row + me.tile_row() + 8 * below;
+    const int64_t first = row * p.width + unit.column + 2 * me.quad();
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float x = total[4 * j + 2 * below], y = total[4 * j + 2 * below + 1];
+      if (p.add) {
+        add_two(static_cast<float*>(p.d) + first + 8 * j, x, y);
+      } else if (p.wide) {
+        *reinterpret_cast<float2*>(static_cast<float*>(p.d) + first + 8 * j) = make_float2(x, y);
+      } else {
+        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.d) + first + 8 * j) = two(x, y, p.half);
+      }
+    }
+  }
+}
+
+}  // namespace sonicmoe::sm90

@@ -1,0 +1,71 @@
+// The kernels of sm90_fp8_gemm.h and their launches.
+#include "sm90_fp8_kernel.cuh"
+#include "sm90_fp8_maps.cuh"
+
+namespace sonicmoe {
+namespace {
+
+using namespace sm90;
+
+template <class Kind>
+__global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(2, 1, 1)
+    grouped_gemm(const __grid_constant__ Fp8Gemm p, const __grid_constant__ Maps maps) {
+  extern __shared__ uint8_t memory[];
+  // Dynamic shared memory is only sure to begin at a multiple of 16 bytes, the swizzle counts in 1024.
+  run_block<Kind>(p, maps, *reinterpret_cast<Shared<Kind>*>(memory + (-shared_address(memory) & 1023)));
+}
+
+// ---- Host
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  static const Encode found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  return found;
+}
+
+template <class Kind>
+const char* run(const Fp8Gemm& p, void* stream) {
+  constexpr int kBytes = sizeof(Shared<Kind>) + 1024;
+  static_assert(kBytes <= 227 * 1024, "more shared memory than a multiprocessor has");
+  Maps maps{};
+  if (!make_maps(Kind(), p, maps)) return "the driver refused a tensor map";
+  // Holds for the current device; to ask again is as cheap as to remember.
+  cudaError_t error = cudaFuncSetAttribute(grouped_gemm<Kind>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error == cudaSuccess) {
+    grouped_gemm<Kind><<<p.blocks / 2 * 2, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(p, maps);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows) {
+  if (encoder() == nullptr) return false;
+  const int bytes = item == Item::kByte ? 1 : 2;
+  const auto type = item == Item::kByte   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : item == Item::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * bytes};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / bytes), box_rows}, steps[2] = {1, 1};
+  return encoder()(map, type, 2, const_cast<void*>(data), sizes, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+const char* fp8_rows(const Fp8Gemm& p, void* stream) { return run<RowsKind>(p, stream); }
+const char* fp8_up(const Fp8Gemm& p, void* stream) { return run<UpKind>(p, stream); }
+const char* fp8_wgrad(const Fp8Gemm& p, void* stream) { return run<WgradKind>(p, stream); }
+const char* fp8_down_backward(const Fp8Gemm& p, void* stream) {
+  return p.dt_scale == nullptr ? run<WideDownBackwardKind>(p, stream) : run<DownBackwardKind>(p, stream);
+}
+
+}  // namespace sonicmoe

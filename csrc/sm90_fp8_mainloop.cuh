@@ -1,0 +1,354 @@
+// The part that all grouped FP8 GEMMs share: which tile comes next, how operands get into shared memory, and the sum.
+//
+// A thread block makes tiles of 128 x 128. One warpgroup loads, two multiply, 64 rows each, and go through their own
+// epilogues: while one promotes or stores, the other has the tensor cores. Two blocks are a cluster and share what
+// they both need of one operand, each loading one half of it for both: neighbours in columns share A; where tokens are
+// gathered, which no bulk copy does, neighbours in tokens share the weights.
+#pragma once
+
+#include "sm90_fp8_gemm.h"
+#include "sm90_primitives.cuh"
+
+namespace sonicmoe::sm90 {
+
+constexpr int kTile = 128;  // rows, columns, and depth of one step
+constexpr int kOperandBytes = kTile * kTile;
+constexpr int kStripBytes = kTile * 4;  // a scale for each row of an operand tile
+constexpr int kMultipliers = 2;         // warpgroups
+constexpr int kThreads = 128 * (1 + kMultipliers);
+constexpr int kGroup = 8;     // units of rows that go through the columns together
+constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has asked for
+
+// What a GEMM is made of.
+//   kGather         tokens are gathered row by row; a unit's rows are tokens
+//   kTransposed     ... and are the columns of the product, so that what a thread holds of a row follows the tokens
+//   kStrips         scales of A's rows come with every step; kColumnStrips likewise of B's
+//   kColumnTiles    tiles that a block makes one after the other, with an epilogue that remembers the first one
+//   kOutBytes       room for each warpgroup's results
+struct RowsKind {
+  static constexpr bool kGather = false, kTransposed = false, kStrips = false, kColumnStrips = false;
+  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
+};
+struct UpKind {
+  static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false;
+  static constexpr int kColumnTiles = 2, kStages = 5, kOutBytes = 16 * 1024;
+};
+struct DownBackwardKind {  // for a wgrad in FP8
+  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kWide = false;
+  static constexpr int kColumnTiles = 1, kStages = 4, kOutBytes = 40 * 1024;
+};
+struct WideDownBackwardKind {  // for a wgrad in 16 bits
+  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kWide = true;
+  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
+};
+struct WgradKind {
+  static constexpr bool kGather = false, kTransposed = false, kStrips = true, kColumnStrips = true;
+  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 1024;  // not used
+};
+
+struct Maps {
+  CUtensorMap a, b, d, e, z, dt;
+};
+
+// What the epilogue of down_backward keeps beside the sums: by token, for each warpgroup.
+struct Tokens {
+  float z_scale[kTile], score[kTile], inverse[kTile];
+  float largest[4][kTile], product[4][kTile];  // by warp
+};
+
+template <class Kind>
+struct alignas(1024) Shared {
+  uint8_t a[Kind::kStages][kOperandBytes];
+  uint8_t b[Kind::kStages][kOperandBytes];
+  uint8_t out[kMultipliers][Kind::kOutBytes];
+  float a_strip[Kind::kStrips ? Kind::kStages : 1][kTile];
+  float b_strip[Kind::kColumnStrips ? Kind::kStages : 1][kTile];
+  Tokens tokens[Kind::kTransposed ? kMultipliers : 1];
+  uint64_t full[Kind::kStages];
+  uint64_t empty[Kind::kStages];
+  uint64_t z_full[kMultipliers];
+};
+
+// ---- Which tile
+
+struct Unit {
+  int expert, row, column;  // first row and column of this block's tile: of sorted rows and weights, or of D in wgrad
+  int first_step, steps;    // along the summed dimension, in tiles
+  bool alive;               // false for the spare block of a cluster at an edge: it works along and stores nothing
+};
+
+// All roles of a cluster walk through the same list: no messages, and the order of sums never changes.
+template <class Kind>
+class Units {
+ public:
+  __device__ Units(const Fp8Gemm& p, int rank) : p_(p), rank_(rank), stride_(gridDim.x / 2), next_(blockIdx.x / 2) {
+    constexpr int kWide = Kind::kGather ? Kind::kColumnTiles : 2;
+    n_columns_ = (p.width / kTile + kWide - 1) / kWide;
+    open(0);
+  }
+
+  __device__ bool next(Unit& unit) {
+    while (next_ >= last_) {
+      if (expert_ + 1 == p_.n_experts) return false;
+      open(expert_ + 1);
+    }
+    const int local = next_ - first_, group = local / (kGroup * n_columns_);
+    const int inside = local - group * kGroup * n_columns_;
+    const int size = min(n_row_units_ - group * kGroup, kGroup);
+    const int row_unit = group * kGroup + inside % size, column_unit = inside / size;
+    next_ += stride_;
+    unit.expert = expert_;
+    unit.first_step = 0;
+    unit.steps = p_.depth / kTile;
+    int row = row_unit, column = column_unit;
+    if constexpr (Kind::kGather) {
+      row = 2 * row_unit + rank_;
+      column = Kind::kColumnTiles * column_unit;
+      unit.alive = row < n_row_tiles_;
+      if (!unit.alive) --row;
+    } else {
+      column = 2 * column_unit + rank_;
+      unit.alive = column * kTile < p_.width;
+      if (!unit.alive) --column;
+    }
+    unit.column = column * kTile;
+    unit.row = begin_ + row * kTile;
+    if constexpr (Kind::kStrips) {
+      unit.row = row * kTile;
+      unit.first_step = begin_ / kTile;
+      unit.steps = (end_ - begin_) / kTile;
+    }
+    return true;
+  }
+
+ private:
+  __device__ void open(int expert) {
+    expert_ = expert;
+    begin_ = p_.offset[expert];
+    end_ = p_.offset[expert + 1];
+    n_row_tiles_ = (Kind::kStrips ? p_.height : end_ - begin_) / kTile;
+    n_row_units_ = Kind::kGather ? (n_row_tiles_ + 1) / 2 : n_row_tiles_;
+    first_ = last_;
+    last_ = first_ + n_row_units_ * n_columns_;
+  }
+
+  const Fp8Gemm& p_;
+  int rank_, stride_, next_, n_columns_;
+  int expert_, begin_, end_, n_row_tiles_, n_row_units_, first_ = 0, last_ = 0;
+};
+
+// A place in the ring of stages, and how often it has come round.
+template <class Kind>
+struct Stage {
+  int index = 0;
+  uint32_t round = 0;
+  __device__ void advance() {
+    if (++index == Kind::kStages) {
+      index = 0;
+      round ^= 1;
+    }
+  }
+};
+
+template <class Kind>
+__device__ void make_barriers(Shared<Kind>& shared) {
+  for (int s = 0; s < Kind::kStages; ++s) {
+    // One for the bulk copies; four for the warps that gather.
+    barrier_init(&shared.full[s], Kind::kGather ? 1 + 4 : 1);
+    // The warps of both blocks that multiply: each block writes into the other's stages.
+    barrier_init(&shared.empty[s], 2 * kMultipliers * 4);
+  }
+  for (int group = 0; group < kMultipliers; ++group) barrier_init(&shared.z_full[group], 1);
+  barrier_init_fence();
+}
+
+// ---- Loading
+
+// One thread. Neighbours in columns: this block loads its half of A for both, and a B of its own.
+template <class Kind>
+__device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank) {
+  constexpr uint32_t kBytes = 2 * kOperandBytes + (Kind::kStrips ? 2 * kStripBytes : 0);
+  Units<Kind> units(p, rank);
+  Stage<Kind> stage;
+  Unit unit;
+  while (units.next(unit)) {
+    const int a_row = unit.row + rank * (kTile / 2);
+    const int b_row = Kind::kStrips ? unit.column : unit.expert * p.width + unit.column;
+#pragma unroll 1
+    for (int step = unit.first_step; step < unit.first_step + unit.steps; ++step, stage.advance()) {
+      const int s = stage.index;
+      barrier_wait(&shared.empty[s], stage.round ^ 1);
+      barrier_expect(&shared.full[s], kBytes);
+      uint8_t* half = shared.a[s] + rank * (kOperandBytes / 2);
+      tensor_load_multicast(maps.a, &shared.full[s], half, step * kTile, a_row, 3);
+      tensor_load(maps.b, &shared.full[s], shared.b[s], step * kTile, b_row);
+      if constexpr (Kind::kStrips) {
+        const int64_t block = step;
+        bulk_load(&shared.full[s], shared.a_strip[s], p.a_scale + block * p.height + unit.row, kStripBytes);
+        bulk_load(&shared.full[s], shared.b_strip[s], p.b_scale + block * p.width + unit.column, kStripBytes);
+      }
+    }
+  }
+}
+
+// Four warps. Each thread copies an eighth of eight tokens and brings one token's scale; the first one also loads this
+// block's half of the weights for both.
+template <class Kind>
+__device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank, int thread) {
+  constexpr int kRows = 8, kApart = kTile / kRows;
+  const int piece = thread % 8, first = thread / 8, blocks = p.depth / kTile;
+  // The swizzle depends on the row's last three bits, which all eight rows have in common.
+  const int target = first * kTile + ((piece ^ (first % 8)) * 16);
+  Units<Kind> units(p, rank);
+  Stage<Kind> stage, landing;
+  int in_flight = 0;
+  auto land = [&] {
+    fence_for_async_reads();
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(&shared.full[landing.index]);
+    landing.advance();
+  };
+  Unit unit;
+  while (units.next(unit)) {
+    const uint8_t* source[kRows];
+    uint32_t real = 0;  // one bit a row: pads are filled with zeros, whatever token 0 holds
+    for (int i = 0; i < kRows; ++i) {
+      const int row = unit.row + first + i * kApart;
+      const int64_t token = p.gather[row];
+      source[i] = static_cast<const uint8_t*>(p.a) + token * p.depth + piece * 16;
+      real |= static_cast<uint32_t>(p.scatter[row] < p.n_slots) << i;
+    }
+    const float* scale = nullptr;
+    float next_scale = 0.0f;
+    if constexpr (Kind::kColumnStrips) {
+      const int64_t token = p.gather[unit.row + thread];
+      scale = p.a_scale + token * blocks;
+      next_scale = __ldg(scale);
+    }
+    for (int tile = 0; tile < Kind::kColumnTiles; ++tile) {
+      const int weight_row = unit.expert * p.width + unit.column + tile * kTile + rank * (kTile / 2);
+#pragma unroll 1
+      for (int step = 0; step < unit.steps; ++step, stage.advance()) {
+        const int s = stage.index;
+        uint8_t* tokens = Kind::kTransposed ? shared.b[s] : shared.a[s];
+        uint8_t* weights = Kind::kTransposed ? shared.a[s] : shared.b[s];
+        barrier_wait(&shared.empty[s], stage.round ^ 1);
+        if (thread == 0) {
+          barrier_expect(&shared.full[s], kOperandBytes);
+          uint8_t* half = weights + rank * (kOperandBytes / 2);
+          tensor_load_multicast(maps.b, &shared.full[s], half, step * kTile, weight_row, 3);
+        }
+        for (int i = 0; i < kRows; ++i) {
+          async_copy(tokens + target + i * kApart * kTile, source[i] + step * kTile, real >> i & 1);
+        }
+        async_copy_commit();
+        if constexpr (Kind::kColumnStrips) {
+          shared.b_strip[s][thread] = next_scale;
+          next_scale = __ldg(scale + min(step + 1, blocks - 1));
+        }
+        if (++in_flight == kInFlight) {
+          async_copy_wait<kInFlight - 1>();
+          land();
+          --in_flight;
+        }
+      }
+    }
+  }
+  async_copy_wait<0>();
+  for (; in_flight > 0; --in_flight) land();
+}
+
+// ---- Multiplying
+
+// A thread's place in its warpgroup's part of the tile; see product_64x128x32.
+struct Lane {
+  int group, warp, lane;
+  __device__ explicit Lane(int thread) : group(thread / 128), warp(thread % 128 / 32), lane(thread % 32) {}
+  __device__ int quad() const { return lane % 4; }
+  __device__ int row() const { return warp * 16 + lane / 4; }     // and the row 8 further down
+  __device__ int tile_row() const { return group * 64 + row(); }  // of the block's tile
+  __device__ int number() const { return warp * 32 + lane; }
+  __device__ bool leads() const { return number() == 0; }
+};
+
+// Scales of a tile's steps, asked for one step ahead. ``B`` blocks of 128 weights have one in common.
+struct TokenRowScales {
+  static constexpr bool kColumns = false;
+  const float *above, *below, *weights;
+  float next_above, next_below, next_weights;
+  __device__ TokenRowScales(const float* a, const float* b, const float* w) : above(a), below(b), weights(w) { ask(0); }
+  __device__ void ask(int step) {
+    next_above = __ldg(above + step);
+    next_below = __ldg(below + step);
+    next_weights = __ldg(weights + step);
+  }
+  __device__ float2 rows(const float*, const Lane&) const {
+    return make_float2(next_above * next_weights, next_below * next_weights);
+  }
+};
+struct WeightRowScales {
+  static constexpr bool kColumns = true;
+  const float* weights;
+  float next_weights;
+  __device__ explicit WeightRowScales(const float* w) : weights(w) { ask(0); }
+  __device__ void ask(int step) { next_weights = __ldg(weights + step); }
+  __device__ float2 rows(const float*, const Lane&) const { return make_float2(next_weights, next_weights); }
+};
+struct StripScales {
+  static constexpr bool kColumns = true;
+  __device__ void ask(int) {}
+  __device__ float2 rows(const float* strip, const Lane& me) const {
+    return make_float2(strip[me.tile_row()], strip[me.tile_row() + 8]);
+  }
+};
+
+template <class Kind>
+__device__ __forceinline__ void multiply_stage(Shared<Kind>& shared, const Lane& me, int s, float (&part)[64]) {
+  const uint64_t a = operand(shared.a[s] + me.group * (kOperandBytes / 2)), b = operand(shared.b[s]);
+  pin(part);
+  product_fence();
+#pragma unroll
+  for (int k = 0; k < kTile / 32; ++k) product_64x128x32(part, a + 2 * k, b + 2 * k, k > 0);
+  product_commit();
+}
+
+// This warp has read the stage. One lane for each of the cluster's blocks.
+template <class Kind>
+__device__ __forceinline__ void release(Shared<Kind>& shared, const Lane& me, int s) {
+  __syncwarp();
+  if (me.lane < 2) barrier_arrive_at(&shared.empty[s], me.lane);
+}
+
+// total [64,128] of this warpgroup over ``steps`` steps.
+template <class Kind, class Scales>
+__device__ __forceinline__ void sum_steps(Shared<Kind>& shared, const Lane& me, Stage<Kind>& stage, int steps,
+                                          Scales scales, float (&total)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) total[i] = 0.0f;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, stage.advance()) {
+    const int s = stage.index;
+    float part[64];
+    barrier_wait(&shared.full[s], stage.round);
+    multiply_stage(shared, me, s, part);
+    const float2 row = scales.rows(Kind::kStrips ? shared.a_strip[s] : nullptr, me);
+    if (step + 1 < steps) scales.ask(step + 1);
+    product_wait();
+    if constexpr (!Scales::kColumns) release(shared, me, s);
+    pin(part);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      float2 column = make_float2(1.0f, 1.0f);
+      if constexpr (Scales::kColumns) {
+        column = *reinterpret_cast<const float2*>(&shared.b_strip[s][8 * j + 2 * me.quad()]);
+      }
+      total[4 * j] = fmaf(part[4 * j] * column.x, row.x, total[4 * j]);
+      total[4 * j + 1] = fmaf(part[4 * j + 1] * column.y, row.x, total[4 * j + 1]);
+      total[4 * j + 2] = fmaf(part[4 * j + 2] * column.x, row.y, total[4 * j + 2]);
+      total[4 * j + 3] = fmaf(part[4 * j + 3] * column.y, row.y, total[4 * j + 3]);
+    }
+    if constexpr (Scales::kColumns) release(shared, me, s);
+  }
+}
+
+}  // namespace sonicmoe::sm90

@@ -1,0 +1,43 @@
+// Which boxes of which matrices the bulk copies of each kind of GEMM move.
+#pragma once
+
+#include "sm90_fp8_mainloop.cuh"
+
+namespace sonicmoe::sm90 {
+
+enum class Item { kByte, kHalf, kBfloat };
+
+// A row-major matrix, of which one copy moves ``box_rows`` rows of 128 bytes. False if it cannot be done.
+bool describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows);
+
+inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
+  return describe(&maps.b, p.b, Item::kByte, static_cast<int64_t>(p.n_experts) * p.width, p.depth, box_rows);
+}
+
+inline bool make_maps(RowsKind, const Fp8Gemm& p, Maps& maps) {
+  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 64) && describe_weights(p, maps, 128) &&
+         describe(&maps.d, p.d, p.half ? Item::kHalf : Item::kBfloat, p.n_rows, p.width, 64);
+}
+
+inline bool make_maps(UpKind, const Fp8Gemm& p, Maps& maps) {
+  return describe_weights(p, maps, 64) && describe(&maps.d, p.d, Item::kByte, p.n_rows, p.width, 64) &&
+         (p.e == nullptr || describe(&maps.e, p.e, Item::kByte, p.n_rows, p.width / 2, 64));
+}
+
+inline bool make_maps(WideDownBackwardKind, const Fp8Gemm& p, Maps& maps) {
+  return describe_weights(p, maps, 64) && describe(&maps.z, p.z, Item::kByte, p.n_rows, 2 * p.width, 128) &&
+         describe(&maps.d, p.d, Item::kByte, p.n_rows, 2 * p.width, 128);
+}
+
+inline bool make_maps(DownBackwardKind, const Fp8Gemm& p, Maps& maps) {
+  return make_maps(WideDownBackwardKind(), p, maps) &&
+         describe(&maps.dt, p.dt, Item::kByte, 2 * p.width, p.n_rows, 128) &&
+         describe(&maps.e, p.e, Item::kByte, p.width, p.n_rows, 64);
+}
+
+inline bool make_maps(WgradKind, const Fp8Gemm& p, Maps& maps) {
+  return describe(&maps.a, p.a, Item::kByte, p.height, p.n_rows, 64) &&
+         describe(&maps.b, p.b, Item::kByte, p.width, p.n_rows, 128);
+}
+
+}  // namespace sonicmoe::sm90

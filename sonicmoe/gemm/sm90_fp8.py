@@ -1,0 +1,218 @@
+"""The stages on Hopper in FP8, recipe ``sm90``: six grouped GEMMs of csrc/sm90_fp8_gemm.h that read and write e4m3 with
+its scales, so that between them nothing is quantized by a pass of its own.
+
+``naive`` is the definition. Legend in ``api.py``. dz exists twice, each copy quantized along the dimension that its
+GEMM sums over; the operands of wgrad lie with the tokens contiguous, scales by block of tokens first. Without FP8 wgrad
+its operands are of 16 bits, and ``sm90_bf16`` multiplies them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .. import checks, jit
+from ..cache_safety import JitUnavailable
+from ..launch import address, arch, current_stream, multiprocessors
+from ..quant import api as quant
+from ..quant import naive
+from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
+from . import sm90_bf16
+from .frozen import deliver
+from .plan import Plan
+from .sm90_bf16 import score_gradient, sum_slots  # noqa: F401  the same stages
+
+if find_spec("triton") is not None:
+    from ..quant import triton_quantize
+else:
+    triton_quantize = None
+
+_NAME = "sm90_fp8_gemm"
+_HEADERS = ("sm90_fp8_gemm.h", "sm90_primitives.cuh", "sm90_fp8_mainloop.cuh", "sm90_fp8_epilogues.cuh")
+_HEADERS = (*_HEADERS, "sm90_fp8_backward.cuh", "sm90_fp8_kernel.cuh", "sm90_fp8_maps.cuh")
+
+# A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
+OVERWRITES_Z = True
+
+
+def extension(target: str) -> jit.Extension:
+    return jit.Extension(_NAME, (f"{_NAME}.cpp", f"{_NAME}.cu"), _HEADERS, target)
+
+
+@cache
+def _module(target: str, cache_dir):
+    return jit.load(extension(target), cache_dir)
+
+
+@dataclass(frozen=True)
+class TokenMajor:
+    """An operand of wgrad: e4m3 [C,M] with a scale for each column of C and block of 128 tokens, [M/128,C]."""
+
+    data: Any
+    scale: Any
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """dz, for dx and for dW1: the second copy is [M,F] of the storage type where wgrad is not FP8."""
+
+    rows: QuantTensor
+    wgrad: Any
+
+
+def _bytes(sizes, like):
+    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=like.device)
+
+
+def _floats(sizes, like):
+    return torch.empty(sizes, dtype=torch.float32, device=like.device)
+
+
+def _rows_like(n_rows: int, columns: int, like) -> QuantTensor:
+    scale = _floats([n_rows, columns // FP8_ROW_BLOCK], like)
+    return QuantTensor(_bytes([n_rows, columns], like), scale, (1, FP8_ROW_BLOCK))
+
+
+def _token_major_like(columns: int, n_rows: int, like) -> TokenMajor:
+    return TokenMajor(_bytes([columns, n_rows], like), _floats([n_rows // FP8_ROW_BLOCK, columns], like))
+
+
+def _problem(module, a, b, routing, width: int, depth: int):
+    return module.Problem(
+        address(a.data), address(a.scale), address(b.data), address(b.scale), address(routing.expert_offset),
+        routing.n_rows, routing.n_experts, width, depth, multiprocessors(a.data),
+    )  # fmt: skip
+
+
+def _tokens(module, routing):
+    where = (routing.x_gather_idx, routing.s_scatter_idx, routing.scores)
+    return module.Tokens(*map(address, where), routing.n_slots)
+
+
+def _clamp(plan: Plan) -> float:
+    return float("inf") if plan.clamp is None else plan.clamp
+
+
+def prepare_rows(x, plan):
+    if isinstance(x, QuantTensor):
+        if x.matches(plan.recipe):
+            return QuantTensor(x.data.contiguous(), x.scale.contiguous(), x.block)
+        x = naive.dequantize(x)
+    return quant.quantize_rows(x.contiguous(), plan.recipe)
+
+
+def up_projection(x_rows, weights, routing, plan, need_a, out=None):
+    width, like = plan.width(weights.intermediate_size), x_rows.data
+    z = _rows_like(routing.n_rows, width, like)
+    a = _rows_like(routing.n_rows, weights.intermediate_size, like) if need_a else None
+    if routing.n_rows:
+        module = _module(arch(like), plan.cache_dir)
+        problem = _problem(module, x_rows, weights.fp8.w1, routing, width, weights.hidden_size)
+        found = (z.data, z.scale, a.data, a.scale) if need_a else (z.data, z.scale, None, None)
+        tokens, stream = _tokens(module, routing), current_stream(like)
+        module.up(problem, tokens, *map(address, found), _clamp(plan), plan.recipe.pow2, stream)
+    return z, a
+
+
+def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out):
+    like, depth = rows.data, int(rows.data.shape[1])
+    dtype = getattr(torch, plan.storage)
+    y = torch.empty([routing.n_rows, width], dtype=dtype, device=like.device) if out is None else out
+    if routing.n_rows:
+        module = _module(arch(like), plan.cache_dir)
+        problem = _problem(module, rows, weight, routing, width, depth)
+        module.rows(problem, address(y), plan.storage == "float16", current_stream(like))
+    return y
+
+
+def down_projection(a, weights, routing, plan, out=None):
+    return _rows(a, weights.fp8.w2, weights.hidden_size, routing, plan, out)
+
+
+def up_projection_backward(dz, weights, routing, plan, out=None):
+    return _rows(dz.rows, weights.fp8.w1_t, weights.hidden_size, routing, plan, out)
+
+
+def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
+    """dz by row takes z's place. What wgrad reads is a by-product, needed or not."""
+    width, like, n_rows = weights.intermediate_size, z.data, routing.n_rows
+    parts = _floats([n_rows, width // 64], like)
+    if plan.fp8_wgrad:
+        dz, pa = _token_major_like(2 * width, n_rows, like), _token_major_like(width, n_rows, like)
+        operands = (dz.data, dz.scale, pa.data, pa.scale)
+    else:
+        dtype = getattr(torch, plan.storage)
+        dz, pa = (torch.empty([n_rows, columns], dtype=dtype, device=like.device) for columns in (2 * width, width))
+        operands = (dz, None, pa, None)
+    if n_rows:
+        module = _module(arch(like), plan.cache_dir)
+        problem = _problem(module, dout_rows, weights.fp8.w2_t, routing, width, weights.hidden_size)
+        found = map(address, (z.data, z.scale, z.data, z.scale, *operands, parts))
+        half = plan.storage == "float16"
+        tokens, stream = _tokens(module, routing), current_stream(like)
+        module.down_backward(problem, tokens, *found, _clamp(plan), plan.recipe.pow2, half, stream)
+    return Gradient(z, dz), pa if need_wgrad else None, parts
+
+
+def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool) -> None:
+    """target[e] [P,Q] = (+=) left @ right^T over segment e."""
+    if not routing.n_rows:
+        if overwrite:
+            target.zero_()
+        return
+    kind = checks.dtype_name(target)
+    if kind != "float32" and not overwrite:
+        raise TypeError(f"weight gradient: got a {kind} tensor to add to, need float32")
+    module = _module(arch(target), plan.cache_dir)
+    height, width = int(left.data.shape[0]), int(right.data.shape[0])
+    problem = _problem(module, left, right, routing, width, 0)
+    wide, half = kind == "float32", kind == "float16"
+    module.wgrad(problem, height, address(target), wide, half, not overwrite, current_stream(target))
+
+
+def accumulate_dw1(dz, x, routing, plan, buffers):
+    if not any(buffers.experts1):
+        return
+    if not plan.fp8_wgrad:
+        sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
+        return
+    x_t = _token_major(x, routing, plan)
+    deliver(
+        lambda target: _wgrad(dz.wgrad, x_t, target, routing, plan, buffers.overwrite),
+        buffers.dw1_EFH, buffers.experts1, buffers.overwrite,
+    )  # fmt: skip
+
+
+def accumulate_dw2(pa, dout, routing, plan, buffers):
+    if not any(buffers.experts2):
+        return
+    if not plan.fp8_wgrad:
+        sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
+        return
+    dout_t = _token_major(dout, routing, plan)
+    left, right = (pa, dout_t) if buffers.w2_grouped else (dout_t, pa)
+    deliver(
+        lambda target: _wgrad(left, right, target, routing, plan, buffers.overwrite),
+        buffers.dw2, buffers.experts2, buffers.overwrite,
+    )  # fmt: skip
+
+
+def _token_major(rows, routing, plan) -> TokenMajor:
+    """Tokens gathered into sorted order and quantized along it, from the values that forward was given."""
+    if triton_quantize is None:
+        raise JitUnavailable("triton is not installed; pip install triton")
+    if isinstance(rows, QuantTensor):
+        rows = (rows.data, rows.scale) if rows.matches(plan.recipe) else naive.dequantize(rows)
+    return TokenMajor(*triton_quantize.quantize_tokens(rows, routing, plan.recipe.pow2))
+
+
+def _pads_among_their_own(routing):
+    """Pad rows read token 0, whose NaN would reach experts that it was not sent to: the products of pads are not left
+    out, they are multiplied by 0. The first row of every block of 128 is a real one, so let its pads read that."""
+    if routing.n_pad_rows == 0:
+        return routing
+    gather, slots = (index.reshape([-1, FP8_ROW_BLOCK]) for index in (routing.x_gather_idx, routing.s_scatter_idx))
+    gather = torch.where(slots < routing.n_slots, gather, gather[:, :1])
+    return replace(routing, x_gather_idx=gather.reshape([-1]))

@@ -1,0 +1,219 @@
+"""FP8 quantizers of recipe ``sm90`` in Triton: e4m3 with float32 scales, one read of the input and no wait.
+
+``naive.py`` is the definition, bit for bit. What is left to the hardware: its cast to e4m3 rounds to nearest even,
+saturates and turns every NaN into 0x7F, and its ``maximum`` prefers a number to a NaN. Triton's interpreter does
+otherwise; tests/support/quantizers.py sets it right.
+
+Compiled once for each type of the input and each static width: how many tokens and rows there are is read at run time
+and is no part of a kernel's key.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import checks
+from ..triton_launch import launch
+from .formats import E4M3_MAX
+
+_GROUP = 128  # numbers that share a scale, along each dimension that a scale covers
+_ROWS_BYTES = 8192  # that a program of _quantize_rows reads: four times 16 for each of 128 threads
+
+_G = tl.constexpr(_GROUP)
+_FOURS = tl.constexpr(_GROUP // 4)  # of rows, in a block
+_LARGEST = tl.constexpr(E4M3_MAX)
+_SMALLEST_SCALE = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _numbers(x):
+    """As float32, with infinities made NaN: then ``maximum`` passes over whatever is not finite, and the cast keeps it.
+    One instruction a number where a comparison and a choice would be two for the one purpose and two for the other."""
+    x = x.to(tl.float32)
+    return tl.fma(x, 0.0, x)
+
+
+@triton.jit
+def _scale_of(amax, POW2: tl.constexpr):
+    """The scale of a block whose largest magnitude is ``amax``: NaN if no number in it is finite."""
+    scale = tl.maximum(tl.div_rn(amax, _LARGEST), _SMALLEST_SCALE)
+    if POW2:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _pair(low, high):
+    """The codes of two numbers in 16 bits. Joined before the cast, which makes two codes at a time."""
+    low, high = tl.split(tl.join(low, high).to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 8)
+
+
+@triton.jit
+def _words(values, inverse):
+    """The codes of four consecutive rows in one word: what is transposed through shared memory are words, and one of
+    them is a fourth of the work of four bytes."""
+    low = _pair(values[0] * inverse, values[1] * inverse)
+    return low | (_pair(values[2] * inverse, values[3] * inverse) << 16)
+
+
+@triton.jit
+def _magnitude(values):
+    """The largest of four rows, for each column."""
+    first = tl.maximum(tl.abs(values[0]), tl.abs(values[1]))
+    return tl.maximum(first, tl.maximum(tl.abs(values[2]), tl.abs(values[3])))
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def _quantize_rows(x, data, scale, n_groups, POW2: tl.constexpr, GROUPS: tl.constexpr):
+    """GROUPS groups of 128 consecutive numbers; rows are whole groups, so no width is known here."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    exists = group < n_groups
+    at = group[:, None] * _G + tl.arange(0, _G)[None, :]
+    value = _numbers(tl.load(x + at, mask=exists[:, None], other=0.0))
+    scale_of = _scale_of(tl.max(tl.abs(value), axis=1), POW2)
+    tl.store(scale + group, scale_of, mask=exists)
+    codes = (value * tl.div_rn(1.0, scale_of)[:, None]).to(tl.float8e4nv)
+    tl.store(data + at, codes, mask=exists[:, None])
+
+
+def quantize_rows(x_TC, pow2: bool = False):
+    """(data [T,C] e4m3, scale [T,C/128] float32) of bf16, fp16 or fp32 rows."""
+    _check("x", x_TC, 2, "[T, C]")
+    n_rows, width = checks.shape_of(x_TC)
+    data = torch.empty([n_rows, width], dtype=torch.float8_e4m3fn, device=x_TC.device)
+    scale = torch.empty([n_rows, width // _GROUP], dtype=torch.float32, device=x_TC.device)
+    n_groups = n_rows * (width // _GROUP)
+    if n_groups:
+        groups = _ROWS_BYTES // (_GROUP * (4 if x_TC.dtype == torch.float32 else 2))
+        operands = (x_TC.contiguous(), data, scale, n_groups)
+        launch(_quantize_rows, -(-n_groups // groups), operands, {"POW2": pow2, "GROUPS": groups}, num_warps=4)
+    return data, scale
+
+
+@triton.jit
+def _quantize_weight(w, data, scale, data_t, scale_t, R: tl.constexpr, C: tl.constexpr, POW2: tl.constexpr):
+    """One block of 128 x 128, whose bytes go to both orientations."""
+    columns: tl.constexpr = C // _G
+    rows: tl.constexpr = R // _G
+    block_column = tl.program_id(0) % columns
+    block_row = tl.program_id(0) // columns % rows
+    expert = (tl.program_id(0) // (columns * rows)).to(tl.int64)
+    column = block_column * _G + tl.arange(0, _G)
+    four = tl.arange(0, _FOURS)
+    corner = (expert * R + block_row * _G) * C
+    values = ()
+    for number in tl.static_range(4):
+        at = corner + (four * 4 + number)[:, None] * C + column[None, :]
+        values = values + (_numbers(tl.load(w + at)),)
+    scale_of = _scale_of(tl.max(_magnitude(values)), POW2)
+    tl.store(scale + tl.program_id(0), scale_of)
+    tl.store(scale_t + (expert * columns + block_column) * rows + block_row, scale_of)
+    inverse = tl.div_rn(1.0, scale_of)
+    for number in tl.static_range(4):
+        at = corner + (four * 4 + number)[:, None] * C + column[None, :]
+        tl.store(data + at, (values[number] * inverse).to(tl.float8e4nv))
+    at = (expert * C + column[:, None]) * (R // 4) + block_row * _FOURS + four[None, :]
+    words = data_t.to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(words + at, tl.trans(_words(values, inverse)))
+
+
+def quantize_weight(w_ERC, pow2: bool = False):
+    """(data [E,R,C] e4m3, scale [E,R/128,C/128] float32, data_t [E,C,R], scale_t [E,C/128,R/128]) of bf16, fp16 or
+    fp32 weights, from one read."""
+    _check("w", w_ERC, 3, "[E, R, C]")
+    n_experts, n_rows, n_columns = checks.shape_of(w_ERC)
+    rows, columns = n_rows // _GROUP, n_columns // _GROUP
+
+    def room(dtype, *size):
+        return torch.empty([n_experts, *size], dtype=dtype, device=w_ERC.device)
+
+    data, scale = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
+    data_t, scale_t = room(torch.float8_e4m3fn, n_columns, n_rows), room(torch.float32, columns, rows)
+    n_blocks = n_experts * rows * columns
+    if n_blocks:
+        operands = (w_ERC.contiguous(), data, scale, data_t, scale_t)
+        launch(_quantize_weight, n_blocks, operands, {"R": n_rows, "C": n_columns, "POW2": pow2}, num_warps=8)
+    return data, scale, data_t, scale_t
+
+
+@triton.jit(do_not_specialize=["n_blocks", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
+def _quantize_tokens(
+    rows, row_scale, gather, scatter, data, scale, n_blocks, n_slots,
+    C: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """128 sorted rows by COLUMNS columns: read as lines of the rows and written as lines of the columns."""
+    programs: tl.constexpr = C // COLUMNS
+    block = (tl.program_id(0) // programs).to(tl.int64)
+    first_column = tl.program_id(0) % programs * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    four = block * _FOURS + tl.arange(0, _FOURS)
+    values = ()
+    for number in tl.static_range(4):
+        m = four * 4 + number
+        real = tl.load(scatter + m) < n_slots
+        if gather is None:
+            row = m
+        else:
+            row = tl.load(gather + m).to(tl.int64)
+        # A pad is 0 whatever its row holds.
+        value = tl.load(rows + row[:, None] * C + column[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        if row_scale is not None:
+            of_row = tl.load(row_scale + row * (C // _G) + first_column // _G, mask=real, other=0.0)
+            value *= of_row[:, None]
+        values = values + (_numbers(value),)
+    amax = tl.max(_magnitude(values), axis=0)
+    # Sums of one number each. Every thread holds the maxima of its columns, and many threads have the same columns;
+    # behind a scan a column is one thread's, so that the two divisions are not done 16 times or 32.
+    amax = tl.reshape(tl.cumsum(amax[:, None], axis=1), [COLUMNS])
+    scale_of = _scale_of(amax, POW2)
+    tl.store(scale + block * C + column, scale_of)
+    inverse = tl.div_rn(1.0, scale_of)
+    # Of M = 128 n_blocks; said like this, every column is seen to begin at a multiple of 128 bytes.
+    at = column.to(tl.int64)[:, None] * (n_blocks * _FOURS) + four[None, :]
+    words = data.to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(words + at, tl.trans(_words(values, inverse[None, :])))
+
+
+def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True):
+    """(data [C,M] e4m3, scale [M/128,C] float32): the operand of a weight gradient, whose sums run over sorted rows.
+
+    Sorted row m is row ``routing.x_gather_idx[m]`` of ``rows`` [T,C], or row m itself of ``rows`` [M,C] that are not
+    to be ``gathered``; pads are 0. ``rows`` are bf16, fp16 or fp32, or (data [..,C] e4m3, scale [..,C/128] float32) for
+    the values that those stand for. 128 consecutive sorted rows of a column share a scale.
+    """
+    row_scale = None
+    if isinstance(rows, tuple):
+        rows, row_scale = rows
+        n_rows, width = checks.shape_of(rows)
+        checks.require_dtype("scale", row_scale, ("float32",))
+        checks.require_shape("scale", row_scale, (n_rows, width // _GROUP), "one for each 128 columns")
+        row_scale = row_scale.contiguous()
+    _check("rows", rows, 2, "[T, C]", checks.FLOAT_DTYPES if row_scale is None else (checks.FP8_DTYPE,))
+    width, n_rows = int(rows.shape[1]), routing.n_rows
+    checks.require_shape("rows", rows, (routing.n_tokens if gathered else n_rows, width), "as many as the routing has")
+    if n_rows % _GROUP:
+        raise ValueError(f"routing: got {n_rows} rows, need a multiple of {_GROUP}")
+    n_blocks = n_rows // _GROUP
+    data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=rows.device)
+    scale = torch.empty([n_blocks, width], dtype=torch.float32, device=rows.device)
+    if n_blocks and width:
+        columns = 64 if row_scale is None else 128  # whole lines of 16-bit and of 8-bit rows
+        gather = routing.x_gather_idx if gathered else None
+        launch(
+            _quantize_tokens,
+            n_blocks * (width // columns),
+            (rows.contiguous(), row_scale, gather, routing.s_scatter_idx, data, scale, n_blocks, routing.n_slots),
+            {"C": width, "COLUMNS": columns, "POW2": pow2},
+            num_warps=columns // 16,  # 64 numbers for each thread
+        )
+    return data, scale
+
+
+def _check(name: str, tensor, rank: int, layout: str, dtypes=checks.FLOAT_DTYPES) -> None:
+    checks.require_rank(name, tensor, rank, layout)
+    checks.require_dtype(name, tensor, dtypes)
+    if any(size % _GROUP for size in checks.shape_of(tensor)[1:]):
+        given = list(checks.shape_of(tensor))
+        raise ValueError(f"{name}: got shape {given}, need multiples of {_GROUP} after the first dimension")

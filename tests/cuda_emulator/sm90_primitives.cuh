@@ -1,0 +1,397 @@
+// Takes the place of csrc/sm90_primitives.cuh on a machine without a GPU: the same functions for threads that are
+// fibers of one process. What a GPU may do late is done late: copies when they are waited for, products when their
+// registers are, bulk stores when their source is to be written again, bulk loads at some time or other.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+
+using std::min;
+
+struct Index {
+  int x;
+};
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+// A matrix in memory and the box that one copy moves.
+struct CUtensorMap {
+  uint8_t* data;
+  int64_t bytes, rows, columns;  // of one element; of the matrix
+  int box_rows;
+};
+
+namespace emulator {
+
+struct Copy {
+  void* target;
+  const void* source;
+  bool real;
+};
+struct Product {
+  float* d;
+  uint64_t a, b;
+  bool add;
+};
+struct Store {
+  const CUtensorMap* map;
+  const uint8_t* source;
+  int x, y;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int rank, thread;
+  bool done = false;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Product> products;
+  std::vector<Store> stores;
+};
+
+// A place where a known number of threads meet, again and again.
+struct Meeting {
+  int arrived = 0, generation = 0;
+};
+
+struct Barrier {
+  int arrivals = 0, pending = 0, parity = 0;
+  int64_t bytes = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  uint64_t value[32];
+};
+
+// One cluster of two blocks, run by one host thread.
+struct Cluster {
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  bool progress = false;
+  Meeting all, blocks[2], named[2][16];
+  Warp warps[2][32];
+  uint8_t* shared[2];
+  std::map<void*, Barrier> barriers;
+  std::vector<std::function<void()>> loads;  // under way
+};
+inline Cluster* cluster = nullptr;
+
+template <class Condition>
+void wait_until(Condition condition) {
+  while (!condition()) swapcontext(&cluster->current->context, &cluster->scheduler);
+  cluster->progress = true;
+}
+
+inline void meet(Meeting& meeting, int size) {
+  const int generation = meeting.generation;
+  cluster->progress = true;
+  if (++meeting.arrived == size) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  } else {
+    wait_until([&] { return meeting.generation != generation; });
+  }
+}
+
+inline Warp& warp() { return cluster->warps[cluster->current->rank][cluster->current->thread / 32]; }
+
+inline uint64_t exchange(uint64_t value, int lane) {
+  Warp& mine = warp();
+  mine.value[cluster->current->thread % 32] = value;
+  meet(mine.meeting, 32);
+  const uint64_t found = mine.value[lane];
+  meet(mine.meeting, 32);
+  return found;
+}
+
+// The same place in the shared memory of the cluster's other blocks.
+template <class T>
+T* at_rank(T* pointer, int rank) {
+  const auto offset = static_cast<uint8_t*>(static_cast<void*>(pointer)) - cluster->shared[cluster->current->rank];
+  return reinterpret_cast<T*>(cluster->shared[rank] + offset);
+}
+
+inline void settle(Barrier& barrier) {
+  cluster->progress = true;
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.pending = barrier.arrivals;
+    barrier.parity ^= 1;
+  }
+}
+
+inline void landed(uint64_t* barrier, int64_t bytes) {
+  Barrier& found = cluster->barriers.at(barrier);
+  found.bytes -= bytes;
+  settle(found);
+}
+
+inline uint64_t swizzled(uint64_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+inline void box_to_shared(const CUtensorMap& map, uint8_t* target, int x, int y) {
+  for (int row = 0; row < map.box_rows; ++row) {
+    for (int byte = 0; byte < 128; ++byte) {
+      const int64_t column = x + byte / map.bytes;
+      const bool inside = y + row >= 0 && y + row < map.rows && column >= 0 && column < map.columns;
+      const int64_t from = ((y + row) * map.columns + column) * map.bytes + byte % map.bytes;
+      auto to = reinterpret_cast<uint8_t*>(swizzled(reinterpret_cast<uint64_t>(target) + row * 128 + byte));
+      *to = inside ? map.data[from] : 0;
+    }
+  }
+}
+
+inline void box_from_shared(const Store& store) {
+  const CUtensorMap& map = *store.map;
+  for (int row = 0; row < map.box_rows; ++row) {
+    for (int byte = 0; byte < 128; ++byte) {
+      const int64_t column = store.x + byte / map.bytes;
+      if (store.y + row >= map.rows || column >= map.columns) continue;
+      const auto from = reinterpret_cast<const uint8_t*>(
+          swizzled(reinterpret_cast<uint64_t>(store.source) + row * 128 + byte));
+      map.data[((store.y + row) * map.columns + column) * map.bytes + byte % map.bytes] = *from;
+    }
+  }
+}
+
+inline float decode(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7F) == 0x7F) return std::nanf("");
+  const float size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 0x80 ? -size : size;
+}
+
+inline float e4m3_value(uint8_t code) {
+  static const std::vector<float> values = [] {
+    std::vector<float> all;
+    for (int i = 0; i < 256; ++i) all.push_back(decode(static_cast<uint8_t>(i)));
+    return all;
+  }();
+  return values[code];
+}
+
+inline uint8_t e4m3_code(float value) {
+  if (std::isnan(value)) return 0x7F;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  int exponent;
+  std::frexp(size, &exponent);  // size < 2^exponent
+  const int scale = size > 0.0f ? std::max(exponent - 1, -6) - 3 : -9;  // the last mantissa bit counts 2^scale
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -scale)));  // to even
+  return sign | static_cast<uint8_t>(steps + (scale + 9) * 8);  // a carry out of the mantissa is the next exponent
+}
+
+// 32 values of one row of an operand; sixteen of them lie together.
+inline void read_row(uint64_t tile, int row, float (&found)[32]) {
+  for (int half = 0; half < 2; ++half) {
+    const auto from = reinterpret_cast<const uint8_t*>(swizzled(tile * 16 + row * 128 + half * 16));
+    for (int k = 0; k < 16; ++k) found[half * 16 + k] = e4m3_value(from[k]);
+  }
+}
+
+// This thread's part of the product.
+inline void multiply(const Product& p) {
+  const int thread = cluster->current->thread % 128, lane = thread % 32;
+  float a[2][32], b[32];
+  for (int below = 0; below < 2; ++below) read_row(p.a, thread / 32 * 16 + lane / 4 + below * 8, a[below]);
+  for (int n = 0; n < 32; ++n) {
+    read_row(p.b, n / 2 * 8 + lane % 4 * 2 + n % 2, b);
+    for (int below = 0; below < 2; ++below) {
+      float& d = p.d[n / 2 * 4 + below * 2 + n % 2];
+      float sum = p.add ? d : 0.0f;
+      for (int k = 0; k < 32; ++k) sum += a[below][k] * b[k];
+      d = sum;
+    }
+  }
+}
+
+}  // namespace emulator
+
+inline Index threadIdx, blockIdx, gridDim;  // of the fiber that runs
+
+inline void __syncthreads() { emulator::meet(emulator::cluster->blocks[emulator::cluster->current->rank], 384); }
+inline void __syncwarp() { emulator::meet(emulator::warp().meeting, 32); }
+inline float __shfl_xor_sync(uint32_t, float value, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = static_cast<uint32_t>(emulator::exchange(bits, emulator::cluster->current->thread % 32 ^ mask));
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int mask) {
+  return static_cast<uint32_t>(emulator::exchange(value, emulator::cluster->current->thread % 32 ^ mask));
+}
+template <class T>
+T __ldg(const T* pointer) {
+  return *pointer;
+}
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = x | static_cast<uint64_t>(y) << 32;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= static_cast<uint32_t>(both >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return found;
+}
+
+namespace sonicmoe::sm90 {
+
+using emulator::cluster;
+
+inline uintptr_t shared_address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+inline uint32_t cluster_rank() { return cluster->current->rank; }
+inline void cluster_sync() { emulator::meet(cluster->all, 768); }
+
+inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  cluster->barriers[barrier] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+}
+inline void barrier_init_fence() {}
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  emulator::Barrier& found = cluster->barriers.at(barrier);
+  found.bytes += bytes;
+  --found.pending;
+  emulator::settle(found);
+}
+inline void barrier_arrive(uint64_t* barrier) {
+  emulator::Barrier& found = cluster->barriers.at(barrier);
+  --found.pending;
+  emulator::settle(found);
+}
+inline void barrier_arrive_at(uint64_t* barrier, uint32_t rank) { barrier_arrive(emulator::at_rank(barrier, rank)); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  const emulator::Barrier& found = cluster->barriers.at(barrier);
+  emulator::wait_until([&] { return found.parity != static_cast<int>(parity); });
+}
+inline void warpgroup_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 128); }
+
+inline void tensor_load(const CUtensorMap& map, uint64_t* barrier, void* target, int x, int y) {
+  cluster->loads.push_back([=, &map] {
+    emulator::box_to_shared(map, static_cast<uint8_t*>(target), x, y);
+    emulator::landed(barrier, map.box_rows * 128);
+  });
+}
+inline void tensor_load_multicast(const CUtensorMap& map, uint64_t* barrier, void* target, int x, int y,
+                                  uint16_t mask) {
+  for (int rank = 0; rank < 2; ++rank) {
+    if (mask >> rank & 1) tensor_load(map, emulator::at_rank(barrier, rank), emulator::at_rank(target, rank), x, y);
+  }
+}
+inline void bulk_load(uint64_t* barrier, void* target, const void* source, uint32_t bytes) {
+  cluster->loads.push_back([=] {
+    std::memcpy(target, source, bytes);
+    emulator::landed(barrier, bytes);
+  });
+}
+inline void tensor_store(const CUtensorMap& map, const void* source, int x, int y) {
+  cluster->current->stores.push_back({&map, static_cast<const uint8_t*>(source), x, y});
+}
+inline void store_commit() {}
+inline void store_wait_read() {
+  for (const emulator::Store& store : cluster->current->stores) emulator::box_from_shared(store);
+  cluster->current->stores.clear();
+}
+inline void store_wait() { store_wait_read(); }
+
+inline void async_copy(void* target, const void* source, bool real) {
+  cluster->current->open.push_back({target, source, real});
+}
+inline void async_copy_commit() {
+  cluster->current->groups.push_back(std::move(cluster->current->open));
+  cluster->current->open.clear();
+}
+template <int kPending>
+void async_copy_wait() {
+  auto& groups = cluster->current->groups;
+  for (; static_cast<int>(groups.size()) > kPending; groups.pop_front()) {
+    for (const emulator::Copy& copy : groups.front()) {
+      if (copy.real) {
+        std::memcpy(copy.target, copy.source, 16);
+      } else {
+        std::memset(copy.target, 0, 16);
+      }
+    }
+  }
+}
+inline void fence_for_async_reads() {}
+
+template <int kCount>
+void registers_up() {}
+template <int kCount>
+void registers_down() {}
+
+inline uint64_t operand(const void* tile) { return reinterpret_cast<uint64_t>(tile) / 16; }
+inline void product_fence() {}
+inline void product_commit() {}
+inline void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+  cluster->current->products.push_back({d, a, b, add});
+}
+inline void product_wait() {
+  for (const emulator::Product& product : cluster->current->products) emulator::multiply(product);
+  cluster->current->products.clear();
+}
+inline void pin(float (&)[64]) {}
+
+inline void store_matrices(uintptr_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  const uint32_t values[4] = {a, b, c, d};
+  const int lane = cluster->current->thread % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const uint64_t start = emulator::exchange(row, 8 * matrix + lane / 4);
+    std::memcpy(reinterpret_cast<void*>(start + lane % 4 * 4), &values[matrix], 4);
+  }
+}
+
+inline uint32_t to_e4m3(float low, float high) {
+  return emulator::e4m3_code(low) | static_cast<uint32_t>(emulator::e4m3_code(high)) << 8;
+}
+inline float2 from_e4m3(uint16_t pair) { return {emulator::e4m3_value(pair & 0xFF), emulator::e4m3_value(pair >> 8)}; }
+
+inline uint16_t sixteen(float value, bool half) {
+  uint16_t found;
+  if (half) {
+    const auto narrow = static_cast<_Float16>(value);
+    std::memcpy(&found, &narrow, 2);
+    return found;
+  }
+  const uint32_t bits = __float_as_uint(value);
+  return std::isnan(value) ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+inline uint32_t two(float low, float high, bool half) {
+  return sixteen(low, half) | static_cast<uint32_t>(sixteen(high, half)) << 16;
+}
+inline void add_two(float* target, float x, float y) {
+  target[0] += x;
+  target[1] += y;
+}
+inline int fresh(int value) { return value; }
+
+}  // namespace sonicmoe::sm90

@@ -1,0 +1,112 @@
+"""The FP8 GEMMs' own CUDA code, its threads as fibers on the CPU: barriers, swizzles, epilogues, edges of clusters.
+Sums are nearly exact here, so codes are those of the definition but for a handful."""
+
+import dataclasses
+
+import pytest
+
+from tests.support.torch_child import torch
+
+RUNS_IN_TORCH = True
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+if torch:
+    from sonicmoe.quant import naive as quant
+    from tests.support import fp8_emulator
+    from tests.support.fp8_stages import NAMES, Fp8Problem, Stages, distance
+
+    CPU = torch.device("cpu")
+
+SUMS, CODES = 2e-6, 2e-4
+ROUTINGS = ("random", "skewed", "empty")
+FILLS = ("add", "float32", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """For routing metadata, which is compiled too."""
+    return tmp_path_factory.mktemp("cache") / "sonicmoe"
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    return fp8_emulator.build(tmp_path_factory.mktemp("emulator")) if torch else None
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The definition's matrices are small, and threads that wait for work take the emulator's core."""
+    if torch:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ROUTINGS)
+def stages(request, module, monkeypatch, cache_dir):
+    """Odd numbers of tiles along rows and columns, so that some clusters have a spare block."""
+    if not torch:
+        return None
+    fp8_emulator.install(monkeypatch, module, clusters=2)
+    problem = Fp8Problem(t=150, k=3, e=4, h=384, i=128, routing=request.param, device=CPU)
+    return Stages(problem, cache_dir, SUMS, CODES)
+
+
+def test_up(stages):
+    stages.compare_up()
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_rows(stages, storage):
+    stages.compare_rows(storage)
+
+
+@pytest.mark.parametrize("fp8_wgrad", [True, False])
+def test_down_backward(stages, fp8_wgrad):
+    stages.compare_down_backward(fp8_wgrad)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_wgrad(stages, fill):
+    stages.compare_wgrad(fill)
+
+
+@pytest.mark.parametrize("clusters", [1, 5])
+def test_the_number_of_blocks_changes_nothing(module, monkeypatch, cache_dir, clusters):
+    """Tiles go to other blocks and through the stages in another rhythm."""
+    fp8_emulator.install(monkeypatch, module, clusters)
+    stages = Stages(Fp8Problem(t=150, k=3, e=4, h=384, i=256, device=CPU), cache_dir, SUMS, CODES)
+    stages.compare_up()
+    stages.compare_down_backward(True)
+    stages.compare_wgrad("add")
+
+
+SETTINGS = {"plain": {}, "pow2": {"fp8_pow2_scale": True}, "clamp": {"swiglu_clamp": 0.5}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_engine_beside_the_naive_one(module, monkeypatch, cache_dir, settings):
+    fp8_emulator.install(monkeypatch, module, clusters=2)
+    clamp, pow2 = settings.get("swiglu_clamp"), settings.get("fp8_pow2_scale", False)
+    problem = Fp8Problem(t=100, k=2, e=3, h=256, i=256, routing="skewed", device=CPU, clamp=clamp)
+    plan, routing = problem.plan(cache_dir, fp8_pow2_scale=pow2), problem.route(cache_dir)
+    found = problem.run(cache_dir, routing, plan)
+    wanted = problem.run(cache_dir, routing, dataclasses.replace(plan, backend="naive"))
+    assert {name: distance(found[name], wanted[name]) < 1e-3 for name in NAMES} == dict.fromkeys(NAMES, True)
+    grouped = problem.run(cache_dir, routing, plan, grouped=True)
+    assert distance(grouped["dw2"], found["dw2"]) < SUMS
+
+
+def test_nan_and_inf_stay_where_they_are(module, monkeypatch, cache_dir):
+    """Of a token, and of nobody who shares a pad's row 0, a block or a tile with it."""
+    fp8_emulator.install(monkeypatch, module, clusters=1)
+    problem = Fp8Problem(t=60, k=1, e=2, h=128, i=128, device=CPU)
+    problem.indices[:, 0] = torch.arange(60) % 2
+    problem.x[0, 5], problem.x[3, 7] = float("nan"), float("inf")
+    found = problem.run(cache_dir)
+    bad = found["out"].isnan().any(dim=1)
+    assert bad.nonzero().flatten().tolist() == [0, 3]
+    assert found["ds"].isnan().flatten().nonzero().flatten().tolist() == [0, 3]
+    z, _ = fp8_emulator.sm90_fp8.up_projection(
+        quant.quantize_rows(problem.x, problem.plan(cache_dir).recipe), problem.weights(problem.plan(cache_dir)),
+        problem.route(cache_dir), problem.plan(cache_dir), need_a=False,
+    )  # fmt: skip
+    assert z.scale.isfinite().all(), "a NaN touches its block's scale"

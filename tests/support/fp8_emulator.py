@@ -1,0 +1,69 @@
+"""Builds csrc's FP8 GEMMs for the CPU, tests/cuda_emulator in the place of the GPU, and puts them under the stages.
+
+Imported only where a real torch is.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pybind11
+
+from sonicmoe import jit
+from sonicmoe.gemm import sm90_bf16, sm90_fp8
+from sonicmoe.quant import naive as quant
+from sonicmoe.routing import naive as movement
+
+EMULATOR = Path(__file__).resolve().parents[1] / "cuda_emulator"
+NAME = "sm90_fp8_gemm_emulated"
+
+
+def build(folder: Path):
+    """The extension module, made in ``folder``."""
+    for source in (*jit.source_folder().glob("sm90_fp8_*"), *EMULATOR.iterdir()):
+        shutil.copy(source, folder)  # beside each other, so that the emulator's primitives are the ones included
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+    target = folder / f"{NAME}.so"
+    command = ["g++", *flags, f"-DSONICMOE_MODULE_NAME={NAME}", *includes, "sm90_fp8_gemm.cpp", "emulator.cpp"]
+    done = subprocess.run([*command, "-o", str(target)], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location(NAME, target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quantize_tokens(rows, routing, pow2=False, gathered=True):
+    """What the Triton kernel of this name does, by the definition."""
+    rows = quant.dequantize(quant.QuantTensor(*rows, (1, 128))) if isinstance(rows, tuple) else rows.float()
+    if gathered:
+        rows = rows.index_select(0, routing.x_gather_idx.long())
+    real = routing.s_scatter_idx < routing.n_slots
+    found = quant.quantize(rows.where(real[:, None], rows.new_zeros(())).T.contiguous(), (1, 128), pow2=pow2)
+    return found.data, found.scale.T.contiguous()
+
+
+class Combine:
+    """The Triton combine by its definition."""
+
+    @staticmethod
+    def sum_slots(rows, routing, dtype, scores=None):
+        return movement.sum_slots(rows, routing, dtype, scores)
+
+    @staticmethod
+    def finish_ds(parts, routing):
+        return movement.scatter_slot_grads(parts.sum(dim=1)[routing.s_reverse_scatter_idx.long()], routing)
+
+
+def install(monkeypatch, module, clusters: int) -> None:
+    """From here on the FP8 stages run on CPU tensors, as on a GPU of so many pairs of multiprocessors."""
+    monkeypatch.setattr(sm90_fp8, "_module", lambda target, cache_dir: module)
+    monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
+    monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
+    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor: 2 * clusters)
+    monkeypatch.setattr(sm90_fp8, "triton_quantize", SimpleNamespace(quantize_tokens=quantize_tokens))
+    monkeypatch.setattr(sm90_bf16, "combine", lambda: Combine)

@@ -1,0 +1,266 @@
+"""The Triton quantizers beside ``sonicmoe/quant/naive.py``, on any device: in the interpreter, or on a GPU.
+
+Each check returns what differed, as lines; an empty list is success. Bytes and the bits of scales are compared, never
+values. Only for processes with a real torch.
+"""
+
+import contextlib
+import functools
+import itertools
+import warnings
+from unittest import mock
+
+import numpy as np
+import torch
+
+from sonicmoe.quant import api, naive, triton_quantize
+from sonicmoe.quant.formats import QuantTensor, make_recipe
+from tests.support import fp8_model
+from tests.support.small_kernels import make_routing, same_bits
+from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
+
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+# ---- The interpreter -------------------------------------------------------------------------------------------------
+
+
+def _as_the_gpu_converts(original, data, source, target, rounding):
+    """Triton's interpreter cuts off or rounds half away, wraps around instead of saturating, and takes subnormals and
+    the e4m3 NaN for other numbers. In the kernels the casts are instructions, so it is the interpreter that is mended.
+    What an H100 gives in their place, tests/gpu compares with the definition."""
+    names = str(source), str(target)
+    if names == ("fp32", "fp8e4nv"):
+        return fp8_model.encode(data)
+    if names == ("fp8e4nv", "fp32"):
+        return fp8_model.decode(data).astype(np.float32).view(np.uint32)
+    if names == ("bf16", "fp32"):
+        return data.view(np.uint16).astype(np.uint32) << 16
+    return original(data, source, target, rounding)
+
+
+@contextlib.contextmanager
+def arithmetic_of_a_gpu(device):
+    """On the CPU: exact casts, and a ``maximum`` that prefers numbers to NaN, as Triton documents it."""
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def prefer_numbers(self, left, right):
+        return self.binary_op(left, right, np.fmax)
+
+    convert = functools.partial(_as_the_gpu_converts, interpreter._convert_float)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(interpreter, "_convert_float", convert))
+        stack.enter_context(mock.patch.object(interpreter.InterpreterBuilder, "create_maxnumf", prefer_numbers))
+        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # NumPy's of blocks that are all NaN
+        yield
+
+
+def in_gpu_arithmetic(check):
+    @functools.wraps(check)
+    def run(device, *args, **kwargs):
+        with arithmetic_of_a_gpu(device):
+            return check(device, *args, **kwargs)
+
+    return run
+
+
+# ---- Inputs ----------------------------------------------------------------------------------------------------------
+
+KINDS = ("ordinary", "tiny", "large", "zeros", "subnormal", "extreme", "ties", "halves", "holes")
+
+
+def draw(rng, shape, kind, dtype, device):
+    """``shape`` ends with (rows, columns); each row and column has a magnitude of its own where a kind allows it."""
+    x = rng.standard_normal(shape)
+    if kind in ("tiny", "large"):
+        x *= {"tiny": 1e-4, "large": 300.0}[kind]
+    if kind == "ordinary":
+        x *= 2.0 ** rng.integers(-4, 5, (*shape[:-1], 1)) * 2.0 ** rng.integers(-4, 5, shape[-1])
+    if kind == "zeros":
+        x *= rng.random(shape) < 0.003  # most blocks are nothing but 0 and -0
+    if kind == "subnormal":
+        smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}[dtype]
+        x = rng.integers(-90, 91, shape) * smallest
+    if kind == "extreme":  # the ends of float32: scales from the floor upwards, and quotients that are subnormal
+        x *= 2.0 ** rng.integers(-135, 125, (*shape[:-1], 1)) * 2.0 ** -rng.integers(0, 20, shape[-1])
+    if kind in ("ties", "halves"):
+        # Where a block holds 448, or 224, its scale is a power of two, and what lies halfway between codes stays so.
+        middles = (fp8_model.values()[1:] + fp8_model.values()[:-1]) / 2
+        around = [np.nextafter(middles.astype(np.float32), np.float32(to)) for to in (0, np.inf)]
+        x = rng.choice(np.concatenate([middles, *around, fp8_model.values()]), shape) * rng.choice([-1, 1], shape)
+        x = np.where(rng.random(shape) < 0.1, 448.0, x) * (0.5 if kind == "halves" else 1.0)
+    if kind == "holes":
+        specials = [np.nan, -np.nan, np.inf, -np.inf, -0.0]
+        x = np.where(rng.random(shape) < 0.05, rng.choice(specials, shape), x)
+        x[..., -1:, :], x[..., -128:] = np.nan, rng.choice(specials[:4], (*shape[:-1], 128))  # whole blocks of them
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(x.astype(np.float32)).to(device=device, dtype=dtype)
+
+
+def at_any_address(x):
+    """The same values, contiguous, where no load of 16 bytes is possible."""
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].reshape(x.shape)
+
+
+def differences(about, found, wanted):
+    """Pairs of (data, scale)."""
+    return [
+        f"{about}: {name} {tuple(one.shape)} for {tuple(other.shape)}"
+        for name, one, other in zip(("data", "scale"), found, wanted, strict=True)
+        if not same_bits(one, other)
+    ]
+
+
+def cases(shapes, kinds):
+    """(rng, shape, kind, dtype, pow2): every kind with every type; the shapes and roundings take turns."""
+    for number, (kind, dtype) in enumerate(itertools.product(kinds, TYPES)):
+        for turn, shape in enumerate(shapes):
+            yield np.random.default_rng(number), shape, kind, dtype, (number + turn) % 2 == 1
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+ROWS = [(19, 384), (1, 128), (33, 256), (0, 256)]
+WEIGHTS = [(2, 128, 256), (1, 256, 256), (0, 128, 128)]
+
+
+@in_gpu_arithmetic
+def check_quantize_rows(device, shapes=ROWS, kinds=KINDS):
+    found = []
+    for rng, shape, kind, dtype, pow2 in cases(shapes, kinds):
+        x = draw(rng, shape, kind, dtype, device)
+        wanted = naive.quantize(x, (1, 128), pow2=pow2)
+        about = f"rows {shape} {kind} {dtype} pow2={pow2}"
+        apart = x.repeat(1, 2)[:, : shape[1]]
+        for place, given in (("here", x), ("at any address", at_any_address(x)), ("apart", apart)):
+            made = triton_quantize.quantize_rows(given, pow2)
+            found += differences(f"{about} {place}", made, (wanted.data, wanted.scale))
+    return found
+
+
+@in_gpu_arithmetic
+def check_quantize_weight(device, shapes=WEIGHTS, kinds=KINDS):
+    found = []
+    for rng, shape, kind, dtype, pow2 in cases(shapes, kinds):
+        w = draw(rng, shape, kind, dtype, device)
+        wanted = naive.quantize(w, (128, 128), pow2=pow2)
+        turned = naive.transposed(wanted)
+        made = triton_quantize.quantize_weight(at_any_address(w) if shape[1] > 128 else w, pow2)
+        about = f"weight {shape} {kind} {dtype} pow2={pow2}"
+        found += differences(about, made[:2], (wanted.data, wanted.scale))
+        found += differences(f"{about} transposed", made[2:], (turned.data, turned.scale))
+    return found
+
+
+ROUTINGS = [
+    # T, K, E, kind
+    (150, 2, 2, uniform),
+    (40, 3, 3, holes),
+    (130, 1, 1, distinct),
+    (70, 4, 6, elsewhere),
+    (65, 2, 4, skewed),
+    (6, 3, 4, nothing),
+    (0, 2, 4, uniform),
+]
+
+
+def wanted_tokens(values, routing, pow2, gathered):
+    """(data [C,M], scale [M/128,C]) by the definition, of float32 values of rows."""
+    if gathered:
+        values = values[routing.x_gather_idx.long()]
+    real = (routing.s_scatter_idx < routing.n_slots).reshape(-1, 1)
+    q = naive.quantize(torch.where(real, values, 0.0).t().contiguous(), (1, 128), pow2=pow2)
+    return q.data, q.scale.t().contiguous()
+
+
+def token_cases(device, widths, shapes, kinds):
+    """(routing, drawn rows, pow2, gathered, about), three kinds a routing; the rows that pads point at are NaN."""
+    turns = itertools.cycle(kinds)
+    for number, (n_tokens, topk, n_experts, routed) in enumerate(shape for shape in shapes for _ in range(3)):
+        kind = next(turns)
+        rng = np.random.default_rng(number)
+        routing = make_routing(rng, n_tokens, topk, n_experts, 128, routed, device)
+        width, dtype = widths[number % len(widths)], TYPES[(number + number // len(kinds)) % 3]
+        for turn, gathered in enumerate((True, False)):
+            pow2 = (number + turn) % 2 == 1
+            rows = draw(rng, (n_tokens if gathered else routing.n_rows, width), kind, dtype, device)
+            if not gathered:
+                rows[routing.s_scatter_idx >= routing.n_slots] = float("nan")
+            elif n_tokens:
+                rows[0] = float("nan")  # which every pad points at
+            about = f"tokens T={n_tokens} M={routing.n_rows} {routed.__name__} C={width} {kind} {dtype}"
+            yield routing, rows, pow2, gathered, f"{about} pow2={pow2} gathered={gathered}"
+
+
+@in_gpu_arithmetic
+def check_quantize_tokens(device, widths=(128, 384), shapes=ROUTINGS, kinds=KINDS):
+    found = []
+    for routing, rows, pow2, gathered, about in token_cases(device, widths, shapes, kinds):
+        wanted = wanted_tokens(rows.float(), routing, pow2, gathered)
+        for given in (rows, at_any_address(rows)):
+            made = triton_quantize.quantize_tokens(given, routing, pow2, gathered)
+            found += differences(about, made, wanted)
+    return found
+
+
+@in_gpu_arithmetic
+def check_quantize_tokens_of_fp8(device, widths=(128, 384), shapes=ROUTINGS, kinds=("ordinary", "holes", "extreme")):
+    """What came as e4m3: every code, scales of any size, and scales that are NaN or infinite."""
+    found = []
+    for routing, drawn, pow2, gathered, about in token_cases(device, widths, shapes, kinds):
+        n_rows, width = drawn.shape
+        codes = np.random.default_rng(n_rows).integers(0, 256, (n_rows, width), dtype=np.uint8)
+        data = torch.from_numpy(codes).to(device).view(torch.float8_e4m3fn)
+        scale = drawn[:, ::128].float().abs().contiguous()
+        rows = QuantTensor(data, scale, (1, 128))
+        wanted = wanted_tokens(naive.dequantize(rows), routing, pow2, gathered)
+        made = triton_quantize.quantize_tokens((data, scale), routing, pow2, gathered)
+        found += differences(f"{about} of FP8", made, wanted)
+    return found
+
+
+@in_gpu_arithmetic
+def check_choice(device):
+    """Which of the two runs, told by a call of the kernels; what they return is the same."""
+    rng, found = np.random.default_rng(0), []
+    w1, w2 = (draw(rng, (1, *size), "holes", torch.bfloat16, device) for size in ((256, 128), (128, 128)))
+    kernels = mock.Mock(wraps=triton_quantize)
+    for recipe, backend, hopper, calls in (
+        (make_recipe("sm90"), "auto", True, 3),
+        (make_recipe("sm90", pow2=True), "sm90_fp8", True, 3),
+        (make_recipe("sm90"), "naive", True, 0),
+        (make_recipe("sm100"), "auto", True, 0),
+        (make_recipe("sm90"), "auto", False, 0),
+    ):
+        kernels.reset_mock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(api, "triton_quantize", kernels))
+            stack.enter_context(mock.patch.object(api.checks, "is_cpu", lambda tensor, hopper=hopper: not hopper))
+            stack.enter_context(mock.patch.object(api, "arch", lambda tensor: "sm_90a"))
+            rows = api.quantize_rows(w1[0], recipe, backend)
+            weights = api.quantize_weights(w1, w2, recipe, backend)
+        about = f"{recipe} backend={backend} hopper={hopper}"
+        if len(kernels.method_calls) != calls:
+            found.append(f"{about}: {kernels.method_calls}")
+        wanted = naive.quantize_weights(w1, w2, recipe)
+        pairs = [("rows", rows, naive.quantize_rows(w1[0], recipe))]
+        pairs += [(name, getattr(weights, name), getattr(wanted, name)) for name in ("w1", "w2", "w1_t", "w2_t")]
+        for name, one, other in pairs:
+            found += differences(f"{about} {name}", (one.data, one.scale), (other.data, other.scale))
+            if one.block != other.block:
+                found.append(f"{about} {name}: block {one.block}")
+    return found
+
+
+CHECKS = {
+    "quantize": (
+        check_quantize_rows,
+        check_quantize_weight,
+        check_quantize_tokens,
+        check_quantize_tokens_of_fp8,
+        check_choice,
+    ),
+}
