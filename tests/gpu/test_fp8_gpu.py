@@ -47,7 +47,9 @@ def test_wgrad(stages, fill):
 @pytest.mark.parametrize("routing", ["random", "skewed", "empty"])
 def test_floors(cache_dir, routing, scale):
     problem = Fp8Problem(routing=routing, scale=scale)
-    require_floors(problem.run(cache_dir), problem.reference(), floors.fp8_floors("sm90"))
+    # ds sits on its floor (docs/precision.md), and a measurement on so many values has an error of its own.
+    bound = floors.sampled(floors.FP8_RELATIVE, problem.indices.numel())
+    require_floors(problem.run(cache_dir), problem.reference(), floors.fp8_floors("sm90") | {"ds": bound})
 
 
 @pytest.mark.parametrize(
