@@ -4,11 +4,8 @@ Importing this package loads no framework, initialises no device and leaves the 
 as it is. The entry points of either framework load it when they are first asked for.
 """
 
-import importlib
-import sys
-
 # Those without a framework at once: after a renaming, `from .. import checks` would look for the old name.
-from . import cache_safety, checks, jit  # noqa: F401
+from . import cache_safety, checks, jit, lazy  # noqa: F401
 from .capabilities import API_VERSION, CAPABILITIES
 from .config import SonicMoEConfig
 from .enums import ActivationType, KernelBackendMoE
@@ -32,12 +29,4 @@ __all__ = ["API_VERSION", "CAPABILITIES", "ActivationType", "KernelBackendMoE", 
 def __getattr__(name):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name], _present_name()), name)
-    globals()[name] = value
-    return value
-
-
-def _present_name() -> str:
-    """The name that this package goes by: a caller may have moved it under another parent after importing it."""
-    loaded = sys.modules.items()
-    return next((name for name, module in list(loaded) if getattr(module, "__dict__", None) is globals()), __name__)
+    return lazy.attribute(globals(), _LAZY[name], name)

@@ -4,9 +4,7 @@ Loads no framework: what needs torch is loaded when it is first asked for. ``for
 raw functions, one projection a call.
 """
 
-import importlib
-import sys
-
+from .. import lazy
 from ..wgrad_deferral import set_wgrad_deferral_hook
 from .utils import enable_fp8, enable_quack_gemm
 
@@ -18,11 +16,7 @@ __all__ = ["clear_all_fp8_weight_caches", "enable_fp8", "enable_quack_gemm", "se
 def __getattr__(name):
     if name not in _LAYER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # The name that this package goes by now: a caller may have moved it under another parent after importing it.
-    loaded = list(sys.modules.items())
-    present = next((key for key, module in loaded if getattr(module, "__dict__", None) is globals()), __name__)
-    value = globals()[name] = getattr(importlib.import_module(".layer", present), name)
-    return value
+    return lazy.attribute(globals(), ".layer", name)
 
 
 def clear_all_fp8_weight_caches() -> None:

@@ -30,8 +30,8 @@ else:
     triton_quantize = None
 
 _NAME = "sm90_fp8_gemm"
-_HEADERS = ("sm90_fp8_gemm.h", "sm90_primitives.cuh", "sm90_fp8_mainloop.cuh", "sm90_fp8_epilogues.cuh")
-_HEADERS = (*_HEADERS, "sm90_fp8_backward.cuh", "sm90_fp8_kernel.cuh", "sm90_fp8_maps.cuh")
+_PARTS = ("mainloop", "epilogues", "backward", "kernel", "maps")
+_HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for part in _PARTS))
 
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True

@@ -8,11 +8,9 @@ from ..launch import arch
 from . import naive
 from .formats import QuantTensor, QuantWeights, Recipe
 
-try:
-    if find_spec("triton") is None:
-        raise ImportError("triton is not installed")
+if find_spec("triton") is not None:
     from . import triton_quantize
-except ImportError:
+else:
     triton_quantize = None
 
 

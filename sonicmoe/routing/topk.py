@@ -10,11 +10,9 @@ import torch
 
 from .. import checks
 
-try:
-    if find_spec("triton") is None:
-        raise ImportError("triton is not installed")
+if find_spec("triton") is not None:
     from . import triton_topk
-except ImportError:
+else:
     triton_topk = None
 
 

@@ -15,7 +15,9 @@ import pybind11
 from sonicmoe import jit
 from sonicmoe.gemm import sm90_bf16, sm90_fp8
 from sonicmoe.quant import naive as quant
+from sonicmoe.quant.formats import QuantTensor
 from sonicmoe.routing import naive as movement
+from tests.support.token_major import wanted_tokens
 
 EMULATOR = Path(__file__).resolve().parents[1] / "cuda_emulator"
 NAME = "sm90_fp8_gemm_emulated"
@@ -37,14 +39,10 @@ def build(folder: Path):
     return module
 
 
-def quantize_tokens(rows, routing, pow2=False, gathered=True):
-    """What the Triton kernel of this name does, by the definition."""
-    rows = quant.dequantize(quant.QuantTensor(*rows, (1, 128))) if isinstance(rows, tuple) else rows.float()
-    if gathered:
-        rows = rows.index_select(0, routing.x_gather_idx.long())
-    real = routing.s_scatter_idx < routing.n_slots
-    found = quant.quantize(rows.where(real[:, None], rows.new_zeros(())).T.contiguous(), (1, 128), pow2=pow2)
-    return found.data, found.scale.T.contiguous()
+def quantize_tokens(rows, routing, pow2=False):
+    """In the place of the Triton kernel of this name."""
+    values = quant.dequantize(QuantTensor(*rows, (1, 128))) if isinstance(rows, tuple) else rows.float()
+    return wanted_tokens(values, routing, pow2)
 
 
 class Combine:

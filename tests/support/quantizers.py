@@ -17,6 +17,7 @@ from sonicmoe.quant import api, naive, triton_quantize
 from sonicmoe.quant.formats import QuantTensor, make_recipe
 from tests.support import fp8_model
 from tests.support.small_kernels import make_routing, same_bits
+from tests.support.token_major import wanted_tokens
 from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
 
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -165,15 +166,6 @@ ROUTINGS = [
     (6, 3, 4, nothing),
     (0, 2, 4, uniform),
 ]
-
-
-def wanted_tokens(values, routing, pow2, gathered):
-    """(data [C,M], scale [M/128,C]) by the definition, of float32 values of rows."""
-    if gathered:
-        values = values[routing.x_gather_idx.long()]
-    real = (routing.s_scatter_idx < routing.n_slots).reshape(-1, 1)
-    q = naive.quantize(torch.where(real, values, 0.0).t().contiguous(), (1, 128), pow2=pow2)
-    return q.data, q.scale.t().contiguous()
 
 
 def token_cases(device, widths, shapes, kinds):

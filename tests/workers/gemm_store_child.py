@@ -10,11 +10,8 @@ user      an id to become once everything is imported
 fail      [function, errno], as ["os.mkdir", "ENOSPC"]: calls of it that write below the cache fail that way
 """
 
-import errno
 import json
-import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +19,7 @@ import filelock  # noqa: F401  before this process becomes somebody who may not 
 
 from sonicmoe.gemm import kernel_store
 from sonicmoe.gemm.gemm_kernel import GemmKernel, Tile
+from tests.workers.jit_child import become_what_was_asked
 
 STUB = Path(__file__).with_name("stub_gemm_compile.py")
 
@@ -35,24 +33,16 @@ def load(ops: list[str], cache: Path) -> dict:
     return {"answer": found, "present": len(kernel_store.present(kernels, cache))}
 
 
+def import_rest() -> None:
+    import cutlass.cute.runtime  # noqa: F401
+
+    kernel_store._tool_key()
+
+
 def main(request: dict) -> list[dict]:
     kernel_store._CHILD = STUB
     cache = Path(request["cache"])
-    if "umask" in request:
-        os.umask(int(request["umask"], 8))
-    if "user" in request:
-        import cutlass.cute.runtime  # noqa: F401
-
-        kernel_store._tool_key()
-        os.setgroups([])
-        os.setgid(request["user"])
-        os.setuid(request["user"])
-    if "fail" in request:
-        from tests.workers.jit_child import make_fail
-
-        make_fail(request["fail"][0], getattr(errno, request["fail"][1]), cache)
-    while "start" in request and not os.path.exists(request["start"]):
-        time.sleep(0.002)
+    become_what_was_asked(request, cache, import_rest)
     threads = request.get("threads", 1)
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda _: load(request["ops"], cache), range(threads)))

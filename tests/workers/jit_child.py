@@ -72,14 +72,12 @@ def make_fail(function: str, code: int, cache: Path) -> None:
     setattr(module, name, failing)
 
 
-def main(request: dict) -> list[dict]:
-    cache = Path(request["cache"])
-    if request.get("csrc"):
-        jit.source_folder = lambda: Path(request["csrc"])
+def become_what_was_asked(request: dict, cache: Path, import_rest) -> None:
+    """The keys umask, user, fail and start; ``import_rest`` reads what another user may not."""
     if "umask" in request:
         os.umask(int(request["umask"], 8))
     if "user" in request:
-        sysconfig.get_paths()  # reads files of Python's on first use
+        import_rest()
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])
@@ -87,6 +85,13 @@ def main(request: dict) -> list[dict]:
         make_fail(request["fail"][0], getattr(errno, request["fail"][1]), cache)
     while "start" in request and not os.path.exists(request["start"]):
         time.sleep(0.002)
+
+
+def main(request: dict) -> list[dict]:
+    cache = Path(request["cache"])
+    if request.get("csrc"):
+        jit.source_folder = lambda: Path(request["csrc"])
+    become_what_was_asked(request, cache, sysconfig.get_paths)  # reads files of Python's on first use
     asked = [name for name in request["names"] for _ in range(request.get("threads", 1))]
     timeout = request.get("timeout", 120)
     with ThreadPoolExecutor(request.get("threads", 1)) as pool:
