@@ -75,7 +75,7 @@ __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* o
 
 // ---- up: z and a = swiglu(z), both quantized
 
-// e4m3 of a row's 128 values, of which a quad holds 2 + 2 + ... neighbours each; returns nothing but writes the scale.
+// One row of z, of which each lane of a quad holds every fourth pair, as e4m3 into ``out``. Returns its scale.
 __device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row, int below,
                                                 const float (&total)[64]) {
   float largest = 0.0f;

@@ -271,7 +271,8 @@ struct Lane {
   __device__ bool leads() const { return number() == 0; }
 };
 
-// Scales of a tile's steps, asked for one step ahead. ``B`` blocks of 128 weights have one in common.
+// Scales of a tile's steps, asked for one step ahead where they come from global memory. A tile's 128 rows or columns of
+// weights have one in common.
 struct TokenRowScales {
   static constexpr bool kColumns = false;
   const float *above, *below, *weights;
