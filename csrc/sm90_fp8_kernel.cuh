@@ -22,7 +22,7 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
     } else if constexpr (Kind::kTransposed) {
       const TokenInput input = begin_gradient(p, maps, shared, me, unit);
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      sum_steps(shared, me, stage, unit.steps, WeightRowScales(p.b_scale + column * blocks), total);
+      sum_steps(shared, me, stage, unit.steps, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
       store_gradient(p, maps, shared, me, unit, input, round, total);
       round ^= 1;
     } else {
@@ -31,14 +31,15 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
       const int64_t below = Kind::kGather ? p.gather[first + 8] : first + 8;
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
       const float *a_above = p.a_scale + above * blocks, *a_below = p.a_scale + below * blocks;
-      sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, p.b_scale + column * blocks), total);
+      const float* b = p.b_scale + column * blocks;
+      sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
       if constexpr (Kind::kColumnTiles == 1) {
         store_rows(p, maps, out, me, unit, total);
       } else {
         float left[32], right[32];
         store_z(p, maps, out, me, unit, 0, total, left);
-        const float* b = p.b_scale + (column + 1) * blocks;
-        sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, b), total);
+        b += blocks;
+        sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
         store_z(p, maps, out, me, unit, 1, total, right);
         if (p.e != nullptr) store_a(p, maps, out, me, unit, left, right);
       }

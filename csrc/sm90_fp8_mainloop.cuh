@@ -219,11 +219,9 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       real |= static_cast<uint32_t>(p.scatter[row] < p.n_slots) << i;
     }
     const float* scale = nullptr;
-    float next_scale = 0.0f;
     if constexpr (Kind::kColumnStrips) {
       const int64_t token = p.gather[unit.row + thread];
       scale = p.a_scale + token * blocks;
-      next_scale = __ldg(scale);
     }
     for (int tile = 0; tile < Kind::kColumnTiles; ++tile) {
       const int weight_row = unit.expert * p.width + unit.column + tile * kTile + rank * (kTile / 2);
@@ -241,11 +239,8 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
         for (int i = 0; i < kRows; ++i) {
           async_copy(tokens + target + i * kApart * kTile, source[i] + step * kTile, real >> i & 1);
         }
+        if constexpr (Kind::kColumnStrips) async_copy(&shared.b_strip[s][thread], scale + step);
         async_copy_commit();
-        if constexpr (Kind::kColumnStrips) {
-          shared.b_strip[s][thread] = next_scale;
-          next_scale = __ldg(scale + min(step + 1, blocks - 1));
-        }
         if (++in_flight == kInFlight) {
           async_copy_wait<kInFlight - 1>();
           land();
@@ -271,34 +266,55 @@ struct Lane {
   __device__ bool leads() const { return number() == 0; }
 };
 
-// Scales of a tile's steps, asked for one step ahead where they come from global memory. A tile's 128 rows or columns of
-// weights have one in common.
+// Scales of a tile's steps. Those in global memory are asked for long before they are used, some steps at a time: each
+// lane of a group of lanes with the same rows holds those of one step. A tile's 128 rows or columns of weights have one
+// in common.
 struct TokenRowScales {
   static constexpr bool kColumns = false;
+  static constexpr int kAtOnce = 4;  // lanes that hold the same rows
   const float *above, *below, *weights;
-  float next_above, next_below, next_weights;
-  __device__ TokenRowScales(const float* a, const float* b, const float* w) : above(a), below(b), weights(w) { ask(0); }
-  __device__ void ask(int step) {
+  int steps, lane;
+  float here_above, here_below, next_above, next_below, next_weights;
+  __device__ TokenRowScales(const float* a, const float* b, const float* w, int n, const Lane& me)
+      : above(a), below(b), weights(w), steps(n), lane(me.lane) {
+    ask(0);
+  }
+  __device__ void ask(int first) {
+    const int step = min(first + lane % kAtOnce, steps - 1);
     next_above = __ldg(above + step);
     next_below = __ldg(below + step);
     next_weights = __ldg(weights + step);
   }
-  __device__ float2 rows(const float*, const Lane&) const {
-    return make_float2(next_above * next_weights, next_below * next_weights);
+  __device__ float2 rows(int step, const float*, const Lane&) {
+    if (step % kAtOnce == 0) {
+      here_above = next_above * next_weights;
+      here_below = next_below * next_weights;
+      ask(step + kAtOnce);
+    }
+    const int from = lane / kAtOnce * kAtOnce + step % kAtOnce;
+    return make_float2(__shfl_sync(0xffffffff, here_above, from), __shfl_sync(0xffffffff, here_below, from));
   }
 };
 struct WeightRowScales {
   static constexpr bool kColumns = true;
+  static constexpr int kAtOnce = 32;
   const float* weights;
-  float next_weights;
-  __device__ explicit WeightRowScales(const float* w) : weights(w) { ask(0); }
-  __device__ void ask(int step) { next_weights = __ldg(weights + step); }
-  __device__ float2 rows(const float*, const Lane&) const { return make_float2(next_weights, next_weights); }
+  int steps, lane;
+  float here, next;
+  __device__ WeightRowScales(const float* w, int n, const Lane& me) : weights(w), steps(n), lane(me.lane) { ask(0); }
+  __device__ void ask(int first) { next = __ldg(weights + min(first + lane, steps - 1)); }
+  __device__ float2 rows(int step, const float*, const Lane&) {
+    if (step % kAtOnce == 0) {
+      here = next;
+      ask(step + kAtOnce);
+    }
+    const float scale = __shfl_sync(0xffffffff, here, step % kAtOnce);
+    return make_float2(scale, scale);
+  }
 };
 struct StripScales {
   static constexpr bool kColumns = true;
-  __device__ void ask(int) {}
-  __device__ float2 rows(const float* strip, const Lane& me) const {
+  __device__ float2 rows(int, const float* strip, const Lane& me) const {
     return make_float2(strip[me.tile_row()], strip[me.tile_row() + 8]);
   }
 };
@@ -332,8 +348,7 @@ __device__ __forceinline__ void sum_steps(Shared<Kind>& shared, const Lane& me, 
     float part[64];
     barrier_wait(&shared.full[s], stage.round);
     multiply_stage(shared, me, s, part);
-    const float2 row = scales.rows(Kind::kStrips ? shared.a_strip[s] : nullptr, me);
-    if (step + 1 < steps) scales.ask(step + 1);
+    const float2 row = scales.rows(step, Kind::kStrips ? shared.a_strip[s] : nullptr, me);
     product_wait();
     if constexpr (!Scales::kColumns) release(shared, me, s);
     pin(part);

@@ -43,6 +43,7 @@ namespace emulator {
 struct Copy {
   void* target;
   const void* source;
+  int bytes;
   bool real;
 };
 struct Product {
@@ -256,6 +257,9 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float __shfl_sync(uint32_t, float value, int lane) {
+  return __uint_as_float(static_cast<uint32_t>(emulator::exchange(__float_as_uint(value), lane)));
+}
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = x | static_cast<uint64_t>(y) << 32;
@@ -323,7 +327,10 @@ inline void store_wait_read() {
 inline void store_wait() { store_wait_read(); }
 
 inline void async_copy(void* target, const void* source, bool real) {
-  cluster->current->open.push_back({target, source, real});
+  cluster->current->open.push_back({target, source, 16, real});
+}
+inline void async_copy(float* target, const float* source) {
+  cluster->current->open.push_back({target, source, 4, true});
 }
 inline void async_copy_commit() {
   cluster->current->groups.push_back(std::move(cluster->current->open));
@@ -335,9 +342,9 @@ void async_copy_wait() {
   for (; static_cast<int>(groups.size()) > kPending; groups.pop_front()) {
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.real) {
-        std::memcpy(copy.target, copy.source, 16);
+        std::memcpy(copy.target, copy.source, copy.bytes);
       } else {
-        std::memset(copy.target, 0, 16);
+        std::memset(copy.target, 0, copy.bytes);
       }
     }
   }

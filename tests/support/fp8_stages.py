@@ -117,7 +117,7 @@ class Stages:
     def compare_wgrad(self, fill: str):
         (_, _, e, h, i), m, plan = self.problem.sizes, self.routing.n_rows, self.plan
         rows = [torch.randn(m, columns, device=self.problem.device) for columns in (h, i)]
-        quantized = [quant.quantize_rows(values.transpose(0, 1).contiguous(), plan.recipe) for values in rows]
+        quantized = [quant.quantize_rows(part.transpose(0, 1).contiguous(), plan.recipe) for part in rows]
         left, right = (sm90_fp8.TokenMajor(q.data, q.scale.transpose(0, 1).contiguous()) for q in quantized)
         bounds = self.routing.expert_offset.tolist()
         parts = [values(left)[:, lo:hi] @ values(right)[:, lo:hi].T for lo, hi in zip(bounds, bounds[1:], strict=False)]
