@@ -18,10 +18,20 @@ __device__ __forceinline__ float quad_max(float value) {
   return fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
 }
 
-// The magnitude that counts for a block's scale: an Inf or a NaN does not.
-__device__ __forceinline__ float finite_magnitude(float value) {
-  const float size = fabsf(value);
-  return size <= kLargest ? size : 0.0f;
+// The largest magnitude of some values. NaN does not count, Inf does: see without_inf.
+template <int kCount>
+__device__ __forceinline__ float largest_of(const float (&v)[kCount]) {
+  float found = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) found = fmaxf(found, fabsf(v[i]));
+  return found;
+}
+
+__device__ __forceinline__ bool infinite(float size) { return size > kLargest; }
+
+// An Inf counts for no block's scale, and would saturate to a number: as a NaN it stays visible.
+__device__ __forceinline__ float without_inf(float value) {
+  return infinite(fabsf(value)) ? __int_as_float(0x7FFFFFFF) : value;
 }
 
 __device__ __forceinline__ float block_scale(float largest, bool pow2) {
@@ -29,11 +39,6 @@ __device__ __forceinline__ float block_scale(float largest, bool pow2) {
   if (!pow2) return scale;
   const uint32_t bits = __float_as_uint(scale);
   return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
-}
-
-// An Inf would saturate to a number; as a NaN it stays visible.
-__device__ __forceinline__ float scaled(float value, float inverse) {
-  return fabsf(value) <= kLargest ? value * inverse : __int_as_float(0x7FFFFFFF);
 }
 
 // Before shared memory is written again: the bulk stores have read it.
@@ -60,8 +65,9 @@ __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* o
   for (int j = 0; j < 16; j += 2) {
     const int column = 8 * j + me.lane / 16 * 8, at = column % 64 * 2;
     const float* v = total + 4 * j;
-    store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), two(v[0], v[1], p.half),
-                   two(v[2], v[3], p.half), two(v[4], v[5], p.half), two(v[6], v[7], p.half));
+    const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
+                               two(v[6], v[7], p.half)};
+    store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), pairs);
   }
   if (end_output(me)) {
     if (unit.alive) {
@@ -75,29 +81,37 @@ __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* o
 
 // ---- up: z and a = swiglu(z), both quantized
 
-// One row of z, of which each lane of a quad holds every fourth pair, as e4m3 into ``out``. Returns its scale.
-__device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row, int below,
-                                                const float (&total)[64]) {
-  float largest = 0.0f;
+// Scale of the block of a quad's values, 32 a lane. Rare values are taken care of where there is one, for all lanes.
+__device__ __forceinline__ float quad_scale(float (&v)[32], bool pow2) {
+  float largest = largest_of(v);
+  if (__any_sync(0xffffffff, infinite(largest))) {
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    largest = fmaxf(largest, finite_magnitude(total[4 * j + below]));
-    largest = fmaxf(largest, finite_magnitude(total[4 * j + below + 1]));
+    for (int i = 0; i < 32; ++i) v[i] = without_inf(v[i]);
+    largest = largest_of(v);
   }
-  const float scale = block_scale(quad_max(largest), p.pow2), inverse = __fdiv_rn(1.0f, scale);
-  row = fresh(row);
+  return block_scale(quad_max(largest), pow2);
+}
+
+// A row's 128 values of z, of which each lane of a quad holds every fourth pair, as e4m3 into ``out``. Returns the scale.
+__device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row,
+                                                float (&v)[32]) {
+  const float scale = quad_scale(v, p.pow2), inverse = __fdiv_rn(1.0f, scale);
+  row = opaque(row);
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
-    const uint32_t pair = to_e4m3(scaled(total[4 * j + below], inverse), scaled(total[4 * j + below + 1], inverse));
+    const uint32_t pair = to_e4m3(v[2 * j] * inverse, v[2 * j + 1] * inverse);
     *reinterpret_cast<uint16_t*>(out + swizzled(row, 8 * j + 2 * me.quad())) = static_cast<uint16_t>(pair);
   }
   return scale;
 }
 
+template <bool kClamp>
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
-  gate = gate > clamp ? clamp : gate;  // not fminf: a NaN stays
-  up = up > clamp ? clamp : up < -clamp ? -clamp : up;
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+  if constexpr (kClamp) {
+    gate = gate > clamp ? clamp : gate;  // not fminf: a NaN stays
+    up = up > clamp ? clamp : up < -clamp ? -clamp : up;
+  }
+  return gate * sigmoid(gate) * up;
 }
 
 // The four lanes of a quad hold four bytes each, one of every fourth column; afterwards, of the columns that follow
@@ -111,41 +125,38 @@ __device__ __forceinline__ uint32_t transpose_quad(uint32_t mine, int quad) {
 
 // a of one row: 16 values from the left tile of z and 16 from the right one make its block of 128.
 __device__ __forceinline__ float quantize_a_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row,
-                                                const float* left, const float* right) {
-  float largest = 0.0f;
+                                                float (&v)[32]) {
+  const float scale = quad_scale(v, p.pow2), inverse = __fdiv_rn(1.0f, scale);
+  row = opaque(row);
 #pragma unroll
-  for (int j = 0; j < 16; ++j) largest = fmaxf(largest, fmaxf(finite_magnitude(left[j]), finite_magnitude(right[j])));
-  const float scale = block_scale(quad_max(largest), p.pow2), inverse = __fdiv_rn(1.0f, scale);
-  row = fresh(row);
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const float* v = side ? right : left;
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      const uint32_t low = to_e4m3(scaled(v[4 * g], inverse), scaled(v[4 * g + 1], inverse));
-      const uint32_t high = to_e4m3(scaled(v[4 * g + 2], inverse), scaled(v[4 * g + 3], inverse));
-      const uint32_t word = transpose_quad(low | high << 16, me.quad());
-      *reinterpret_cast<uint32_t*>(out + swizzled(row, side * 64 + 16 * g + 4 * me.quad())) = word;
-    }
+  for (int g = 0; g < 8; ++g) {
+    const uint32_t mine =
+        to_e4m3(v[4 * g] * inverse, v[4 * g + 1] * inverse, v[4 * g + 2] * inverse, v[4 * g + 3] * inverse);
+    const int column = 16 * g + 4 * me.quad();
+    *reinterpret_cast<uint32_t*>(out + swizzled(row, column)) = transpose_quad(mine, me.quad());
   }
   return scale;
 }
 
-// One of the two tiles of z; ``a`` [32] gets its 16 activations of this thread's row, and of the row below.
-__device__ inline void store_z(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
-                               int tile, const float (&total)[64], float (&a)[32]) {
+// One of the two tiles of z. ``a`` gets this tile's 16 activations of this thread's row, and of the row below.
+template <class Kind>
+__device__ __forceinline__ void store_z(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
+                                        const Unit& unit, int tile, const float (&total)[64], float (&a)[2][32]) {
   begin_output(me);
   const int column = unit.column + tile * kTile;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    const int row = me.row() + 8 * below;
-    const float scale = quantize_z_row(p, out, me, row, 2 * below, total);
-    const int64_t sorted = unit.row + me.group * 64 + row;
-    if (unit.alive && me.quad() == 0) p.d_scale[sorted * (p.width / kTile) + column / kTile] = scale;
+    float v[32];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      a[16 * below + j] = swiglu(total[4 * j + 2 * below], total[4 * j + 2 * below + 1], p.clamp);
+      v[2 * j] = total[4 * j + 2 * below];
+      v[2 * j + 1] = total[4 * j + 2 * below + 1];
+      a[below][16 * tile + j] = swiglu<Kind::kClamp>(v[2 * j], v[2 * j + 1], p.clamp);
     }
+    const int row = me.row() + 8 * below;
+    const float scale = quantize_z_row(p, out, me, row, v);
+    const int64_t sorted = unit.row + me.group * 64 + row;
+    if (unit.alive && me.quad() == 0) p.d_scale[sorted * (p.width / kTile) + column / kTile] = scale;
   }
   if (end_output(me)) {
     if (unit.alive) tensor_store(maps.d, out, column, unit.row + me.group * 64);
@@ -153,14 +164,14 @@ __device__ inline void store_z(const Fp8Gemm& p, const Maps& maps, uint8_t* out,
   }
 }
 
-__device__ inline void store_a(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
-                               const float (&left)[32], const float (&right)[32]) {
+__device__ __forceinline__ void store_a(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
+                                        const Unit& unit, float (&a)[2][32]) {
   out += kOperandBytes / 2;  // beside z: nothing to wait for that store_z has not waited for
   const int column = unit.column / 2;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
     const int row = me.row() + 8 * below;
-    const float scale = quantize_a_row(p, out, me, row, left + 16 * below, right + 16 * below);
+    const float scale = quantize_a_row(p, out, me, row, a[below]);
     const int64_t sorted = unit.row + me.group * 64 + row;
     if (unit.alive && me.quad() == 0) p.e_scale[sorted * (p.width / 2 / kTile) + column / kTile] = scale;
   }

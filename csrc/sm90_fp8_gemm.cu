@@ -2,6 +2,8 @@
 #include "sm90_fp8_kernel.cuh"
 #include "sm90_fp8_maps.cuh"
 
+#include <cmath>
+
 namespace sonicmoe {
 namespace {
 
@@ -45,6 +47,12 @@ const char* run(const Fp8Gemm& p, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What bounds nothing is not compared.
+template <template <bool> class Kind>
+const char* run_clamped(const Fp8Gemm& p, void* stream) {
+  return std::isinf(p.clamp) ? run<Kind<false>>(p, stream) : run<Kind<true>>(p, stream);
+}
+
 }  // namespace
 
 bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows) {
@@ -62,10 +70,10 @@ bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows,
 }
 
 const char* fp8_rows(const Fp8Gemm& p, void* stream) { return run<RowsKind>(p, stream); }
-const char* fp8_up(const Fp8Gemm& p, void* stream) { return run<UpKind>(p, stream); }
+const char* fp8_up(const Fp8Gemm& p, void* stream) { return run_clamped<UpKind>(p, stream); }
 const char* fp8_wgrad(const Fp8Gemm& p, void* stream) { return run<WgradKind>(p, stream); }
 const char* fp8_down_backward(const Fp8Gemm& p, void* stream) {
-  return p.dt_scale == nullptr ? run<WideDownBackwardKind>(p, stream) : run<DownBackwardKind>(p, stream);
+  return p.dt_scale == nullptr ? run_clamped<WideDownBackwardKind>(p, stream) : run_clamped<DownBackwardKind>(p, stream);
 }
 
 }  // namespace sonicmoe

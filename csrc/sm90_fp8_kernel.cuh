@@ -10,6 +10,7 @@ template <class Kind>
 __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank, const Lane& me) {
   uint8_t* out = shared.out[me.group];
   const int blocks = p.depth / kTile;
+  const Ring<Kind> ring(shared, me.group);
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
@@ -17,12 +18,12 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
   float total[64];
   while (units.next(unit)) {
     if constexpr (Kind::kStrips) {
-      sum_steps(shared, me, stage, unit.steps, StripScales(), total);
+      sum_steps(ring, me, stage, unit.steps, StripScales(me), total);
       store_wgrad(p, me, unit, total);
     } else if constexpr (Kind::kTransposed) {
       const TokenInput input = begin_gradient(p, maps, shared, me, unit);
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      sum_steps(shared, me, stage, unit.steps, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
+      sum_steps(ring, me, stage, unit.steps, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
       store_gradient(p, maps, shared, me, unit, input, round, total);
       round ^= 1;
     } else {
@@ -32,16 +33,16 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
       const float *a_above = p.a_scale + above * blocks, *a_below = p.a_scale + below * blocks;
       const float* b = p.b_scale + column * blocks;
-      sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
+      sum_steps(ring, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
       if constexpr (Kind::kColumnTiles == 1) {
         store_rows(p, maps, out, me, unit, total);
       } else {
-        float left[32], right[32];
-        store_z(p, maps, out, me, unit, 0, total, left);
+        float a[2][32];
+        store_z<Kind>(p, maps, out, me, unit, 0, total, a);
         b += blocks;
-        sum_steps(shared, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
-        store_z(p, maps, out, me, unit, 1, total, right);
-        if (p.e != nullptr) store_a(p, maps, out, me, unit, left, right);
+        sum_steps(ring, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
+        store_z<Kind>(p, maps, out, me, unit, 1, total, a);
+        if (p.e != nullptr) store_a(p, maps, out, me, unit, a);
       }
     }
   }

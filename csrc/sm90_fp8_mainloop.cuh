@@ -9,6 +9,8 @@
 #include "sm90_fp8_gemm.h"
 #include "sm90_primitives.cuh"
 
+#include <cstddef>
+
 namespace sonicmoe::sm90 {
 
 constexpr int kTile = 128;  // rows, columns, and depth of one step
@@ -25,25 +27,31 @@ constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has as
 //   kStrips         scales of A's rows come with every step; kColumnStrips likewise of B's
 //   kColumnTiles    tiles that a block makes one after the other, with an epilogue that remembers the first one
 //   kOutBytes       room for each warpgroup's results
+//   kClamp          swiglu's inputs are bounded
 struct RowsKind {
   static constexpr bool kGather = false, kTransposed = false, kStrips = false, kColumnStrips = false;
   static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
 };
+template <bool kClamp_>
 struct UpKind {
-  static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false;
+  static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false, kClamp = kClamp_;
   static constexpr int kColumnTiles = 2, kStages = 5, kOutBytes = 16 * 1024;
 };
+template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
-  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kWide = false;
+  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
   static constexpr int kColumnTiles = 1, kStages = 4, kOutBytes = 40 * 1024;
+  static constexpr bool kWide = false;
 };
+template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
-  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kWide = true;
+  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
   static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
+  static constexpr bool kWide = true;
 };
 struct WgradKind {
   static constexpr bool kGather = false, kTransposed = false, kStrips = true, kColumnStrips = true;
-  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 1024;  // not used
+  static constexpr int kColumnTiles = 1, kStages = 6, kOutBytes = 1024;  // not used
 };
 
 struct Maps {
@@ -67,6 +75,23 @@ struct alignas(1024) Shared {
   uint64_t full[Kind::kStages];
   uint64_t empty[Kind::kStages];
   uint64_t z_full[kMultipliers];
+};
+
+// The ring of stages as the loop that multiplies sees it: places worked out once.
+template <class Kind>
+struct Ring {
+  Address base;
+  Operand first_a, first_b;
+  __device__ Ring(Shared<Kind>& shared, int group)
+      : base(opaque(shared_address(&shared))),
+        first_a(opaque(operand(shared_address(shared.a) + group * (kOperandBytes / 2)))),
+        first_b(opaque(operand(shared_address(shared.b)))) {}
+  __device__ Operand a(int s) const { return further(first_a, s * kOperandBytes); }
+  __device__ Operand b(int s) const { return further(first_b, s * kOperandBytes); }
+  __device__ Address full(int s) const { return base + offsetof(Shared<Kind>, full) + s * sizeof(uint64_t); }
+  __device__ Address empty(int s) const { return base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t); }
+  __device__ Address a_strip(int s) const { return base + offsetof(Shared<Kind>, a_strip) + s * kStripBytes; }
+  __device__ Address b_strip(int s) const { return base + offsetof(Shared<Kind>, b_strip) + s * kStripBytes; }
 };
 
 // ---- Which tile
@@ -191,6 +216,10 @@ __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind
   }
 }
 
+// Which of 16 tokens is column ``n`` of a transposed product: of these columns a thread holds 2q, 2q + 1, 8 + 2q and
+// 9 + 2q, and so it holds four tokens that follow each other.
+__device__ __forceinline__ int token_of_column(int n) { return n % 8 / 2 * 4 + n / 8 * 2 + n % 2; }
+
 // Four warps. Each thread copies an eighth of eight tokens and brings one token's scale; the first one also loads this
 // block's half of the weights for both.
 template <class Kind>
@@ -199,6 +228,9 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
   const int piece = thread % 8, first = thread / 8, blocks = p.depth / kTile;
   // The swizzle depends on the row's last three bits, which all eight rows have in common.
   const int target = first * kTile + ((piece ^ (first % 8)) * 16);
+  // Of each 16 tokens, and of all 128.
+  const int from = Kind::kTransposed ? token_of_column(first) : first;
+  const int scale_from = thread / 16 * 16 + token_of_column(thread % 16);
   Units<Kind> units(p, rank);
   Stage<Kind> stage, landing;
   int in_flight = 0;
@@ -213,14 +245,14 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
     const uint8_t* source[kRows];
     uint32_t real = 0;  // one bit a row: pads are filled with zeros, whatever token 0 holds
     for (int i = 0; i < kRows; ++i) {
-      const int row = unit.row + first + i * kApart;
+      const int row = unit.row + from + i * kApart;
       const int64_t token = p.gather[row];
       source[i] = static_cast<const uint8_t*>(p.a) + token * p.depth + piece * 16;
       real |= static_cast<uint32_t>(p.scatter[row] < p.n_slots) << i;
     }
     const float* scale = nullptr;
     if constexpr (Kind::kColumnStrips) {
-      const int64_t token = p.gather[unit.row + thread];
+      const int64_t token = p.gather[unit.row + scale_from];
       scale = p.a_scale + token * blocks;
     }
     for (int tile = 0; tile < Kind::kColumnTiles; ++tile) {
@@ -270,7 +302,6 @@ struct Lane {
 // lane of a group of lanes with the same rows holds those of one step. A tile's 128 rows or columns of weights have one
 // in common.
 struct TokenRowScales {
-  static constexpr bool kColumns = false;
   static constexpr int kAtOnce = 4;  // lanes that hold the same rows
   const float *above, *below, *weights;
   int steps, lane;
@@ -285,7 +316,7 @@ struct TokenRowScales {
     next_below = __ldg(below + step);
     next_weights = __ldg(weights + step);
   }
-  __device__ float2 rows(int step, const float*, const Lane&) {
+  __device__ float2 rows(int step, Address) {
     if (step % kAtOnce == 0) {
       here_above = next_above * next_weights;
       here_below = next_below * next_weights;
@@ -296,14 +327,13 @@ struct TokenRowScales {
   }
 };
 struct WeightRowScales {
-  static constexpr bool kColumns = true;
   static constexpr int kAtOnce = 32;
   const float* weights;
   int steps, lane;
   float here, next;
   __device__ WeightRowScales(const float* w, int n, const Lane& me) : weights(w), steps(n), lane(me.lane) { ask(0); }
   __device__ void ask(int first) { next = __ldg(weights + min(first + lane, steps - 1)); }
-  __device__ float2 rows(int step, const float*, const Lane&) {
+  __device__ float2 rows(int step, Address) {
     if (step % kAtOnce == 0) {
       here = next;
       ask(step + kAtOnce);
@@ -313,57 +343,69 @@ struct WeightRowScales {
   }
 };
 struct StripScales {
-  static constexpr bool kColumns = true;
-  __device__ float2 rows(int, const float* strip, const Lane& me) const {
-    return make_float2(strip[me.tile_row()], strip[me.tile_row() + 8]);
+  int first;
+  __device__ explicit StripScales(const Lane& me) : first(me.tile_row()) {}
+  __device__ float2 rows(int, Address strip) const {
+    return make_float2(load_one(strip + first * 4), load_one(strip + first * 4 + 32));
   }
 };
 
 template <class Kind>
-__device__ __forceinline__ void multiply_stage(Shared<Kind>& shared, const Lane& me, int s, float (&part)[64]) {
-  const uint64_t a = operand(shared.a[s] + me.group * (kOperandBytes / 2)), b = operand(shared.b[s]);
+__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, float (&part)[64]) {
+  const Operand a = ring.a(s), b = ring.b(s);
   pin(part);
   product_fence();
 #pragma unroll
-  for (int k = 0; k < kTile / 32; ++k) product_64x128x32(part, a + 2 * k, b + 2 * k, k > 0);
+  for (int k = 0; k < kTile / 32; ++k) product_64x128x32(part, further(a, 32 * k), further(b, 32 * k), k > 0);
   product_commit();
 }
 
 // This warp has read the stage. One lane for each of the cluster's blocks.
 template <class Kind>
-__device__ __forceinline__ void release(Shared<Kind>& shared, const Lane& me, int s) {
+__device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, int s) {
   __syncwarp();
-  if (me.lane < 2) barrier_arrive_at(&shared.empty[s], me.lane);
+  if (me.lane < 2) barrier_arrive_at(ring.empty(s), me.lane);
 }
 
 // total [64,128] of this warpgroup over ``steps`` steps.
 template <class Kind, class Scales>
-__device__ __forceinline__ void sum_steps(Shared<Kind>& shared, const Lane& me, Stage<Kind>& stage, int steps,
+__device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, int steps,
                                           Scales scales, float (&total)[64]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) total[i] = 0.0f;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step, stage.advance()) {
+  if (steps == 0) return;
+  float part[64];
+  float2 row, column[Kind::kColumnStrips ? 16 : 1];
+  // Scales are in registers before the products are waited for, and so the stage is free at once.
+  auto begin = [&](int step) {
     const int s = stage.index;
-    float part[64];
-    barrier_wait(&shared.full[s], stage.round);
-    multiply_stage(shared, me, s, part);
-    const float2 row = scales.rows(step, Kind::kStrips ? shared.a_strip[s] : nullptr, me);
+    barrier_wait(ring.full(s), stage.round);
+    multiply_stage(ring, s, part);
+    row = scales.rows(step, ring.a_strip(s));
+    if constexpr (Kind::kColumnStrips) {
+      const Address first = ring.b_strip(s) + me.quad() * 8;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) column[j] = load_two(first + j * 32);
+    }
+  };
+  begin(0);
+#pragma unroll 1
+  for (int step = 0;;) {
     product_wait();
-    if constexpr (!Scales::kColumns) release(shared, me, s);
     pin(part);
+    release(ring, me, stage.index);
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      float2 column = make_float2(1.0f, 1.0f);
-      if constexpr (Scales::kColumns) {
-        column = *reinterpret_cast<const float2*>(&shared.b_strip[s][8 * j + 2 * me.quad()]);
-      }
-      total[4 * j] = fmaf(part[4 * j] * column.x, row.x, total[4 * j]);
-      total[4 * j + 1] = fmaf(part[4 * j + 1] * column.y, row.x, total[4 * j + 1]);
-      total[4 * j + 2] = fmaf(part[4 * j + 2] * column.x, row.y, total[4 * j + 2]);
-      total[4 * j + 3] = fmaf(part[4 * j + 3] * column.y, row.y, total[4 * j + 3]);
+      float2 by = make_float2(1.0f, 1.0f);
+      if constexpr (Kind::kColumnStrips) by = column[j];
+      total[4 * j] = fmaf(part[4 * j] * by.x, row.x, total[4 * j]);
+      total[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, total[4 * j + 1]);
+      total[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, total[4 * j + 2]);
+      total[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, total[4 * j + 3]);
     }
-    if constexpr (Scales::kColumns) release(shared, me, s);
+    stage.advance();
+    if (++step == steps) break;
+    begin(step);
   }
 }
 

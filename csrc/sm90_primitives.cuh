@@ -11,8 +11,31 @@
 
 namespace sonicmoe::sm90 {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// A place in this block's shared memory.
+using Address = uint32_t;
+
+__device__ __forceinline__ Address shared_address(const void* pointer) {
+  return static_cast<Address>(__cvta_generic_to_shared(pointer));
+}
+
+// The compiler forgets how it came by a value: one that is dear to work out again it then keeps, and one that is worked
+// out where it is used it does not keep from tile to tile, where it would push sums out of the registers.
+template <class T>
+__device__ __forceinline__ T opaque(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Reads that stay where they are written.
+__device__ __forceinline__ float load_one(Address place) {
+  float found;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(found) : "r"(place) : "memory");
+  return found;
+}
+__device__ __forceinline__ float2 load_two(Address place) {
+  float2 found;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(found.x), "=f"(found.y) : "r"(place) : "memory");
+  return found;
 }
 
 // ---- Clusters
@@ -50,27 +73,31 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 // The same barrier in another block of the cluster. Ordered within this block alone: what it tells is that products have
 // read, which is over when they were waited for; an order for the cluster would wait for all of this thread's stores and
 // empty its cache, once a step.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void barrier_arrive_at(Address barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(Address barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again_%=;\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  barrier_wait(shared_address(barrier), parity);
 }
 
 // Threads of one warpgroup; ``number`` 1 to 15.
@@ -159,12 +186,14 @@ __device__ __forceinline__ void registers_down() {
 
 // ---- Products
 
-// Where an operand tile of rows of 128 bytes lies, in the 128-byte swizzle that bulk copies write. Groups of eight rows
-// follow each other, 1024 bytes apart. 32 bytes further along a row are 2 more in the descriptor.
-__device__ __forceinline__ uint64_t operand(const void* tile) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{1024 >> 4} << 32, kUnused = uint64_t{1} << 16;
-  return kSwizzle128 | kStride | kUnused | ((shared_address(tile) & 0x3FFFF) >> 4);
-}
+// Where an operand tile of rows of 128 bytes lies, in the 128-byte swizzle that bulk copies write: groups of eight rows
+// follow each other, 1024 bytes apart. This is the half of the descriptor that differs from tile to tile.
+using Operand = uint32_t;
+
+__device__ __forceinline__ Operand operand(Address tile) { return 1u << 16 | (tile & 0x3FFFF) >> 4; }
+
+// The same tile, or one like it, ``bytes`` further on.
+__device__ __forceinline__ Operand further(Operand tile, int bytes) { return tile + (bytes >> 4); }
 
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -174,20 +203,23 @@ __device__ __forceinline__ void product_wait() { asm volatile("wgmma.wait_group.
 // columns 8j + 2 (t % 4) + {0, 1} in d[4j + {0, 1}], and of the row 8 further down the same ones in d[4j + {2, 3}].
 #define SONICMOE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SONICMOE_D16(i) SONICMOE_D4(i), SONICMOE_D4(i + 4), SONICMOE_D4(i + 8), SONICMOE_D4(i + 12)
-__device__ __forceinline__ void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+__device__ __forceinline__ void product_64x128x32(float (&d)[64], Operand a, Operand b, bool add) {
   asm volatile(
       "{\n"
       ".reg .pred add;\n"
+      ".reg .b64 a, b;\n"
+      "mov.b64 a, {%64, 0x40000040};\n"  // 128-byte swizzle; 1024 bytes
+      "mov.b64 b, {%65, 0x40000040};\n"
       "setp.ne.b32 add, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, add, 1, 1;\n"
+      "a, b, add, 1, 1;\n"
       "}"
       : SONICMOE_D16(0), SONICMOE_D16(16), SONICMOE_D16(32), SONICMOE_D16(48)
-      : "l"(a), "l"(b), "r"(static_cast<int32_t>(add)));
+      : "r"(a), "r"(b), "r"(static_cast<int32_t>(add)));
 }
 #undef SONICMOE_D16
 #undef SONICMOE_D4
@@ -199,11 +231,33 @@ __device__ __forceinline__ void pin(float (&d)[64]) {
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Four 8x8 matrices of 16-bit values, from the layout above to rows of 16 bytes; each lane gives one row's place.
-__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
-               "r"(d)
+// Four 8x8 matrices of 16-bit values in rows of 16 bytes; lane 8m + r gives the place of row r of matrix m. Thread t
+// holds of each one the columns 2 (t % 4) + {0, 1} of row t / 4, or, transposed, those rows of column t / 4.
+__device__ __forceinline__ void store_matrices(Address row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
                : "memory");
+}
+__device__ __forceinline__ void store_matrices_transposed(Address row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(Address row, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(row)
+               : "memory");
+}
+
+// ---- Numbers
+
+// 1 / (1 + e^-x), to a few bits of float32's last.
+__device__ __forceinline__ float sigmoid(float x) {
+  float power, found;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(1.0f + power));
+  return found;
 }
 
 // Two values to e4m3, nearest even, saturating; NaN stays NaN. The first is the lower byte.
@@ -211,6 +265,10 @@ __device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
+  return to_e4m3(a, b) | to_e4m3(c, d) << 16;
 }
 
 __device__ __forceinline__ float2 from_e4m3(uint16_t pair) {
@@ -232,12 +290,6 @@ __device__ __forceinline__ uint32_t two(float low, float high, bool half) {
 // To two neighbours in memory, without a look at what comes out.
 __device__ __forceinline__ void add_two(float* target, float x, float y) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
-}
-
-// A value that is computed where it is used: kept from tile to tile, places in memory push sums out of the registers.
-__device__ __forceinline__ int fresh(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 }  // namespace sonicmoe::sm90

@@ -3,6 +3,8 @@
 #include "sm90_fp8_kernel.cuh"
 #include "sm90_fp8_maps.cuh"
 
+#include <cmath>
+
 namespace emulator {
 namespace {
 
@@ -113,6 +115,12 @@ const char* run(const Fp8Gemm& p) {
   return nullptr;
 }
 
+// What bounds nothing is not compared.
+template <template <bool> class Kind>
+const char* run_clamped(const Fp8Gemm& p) {
+  return std::isinf(p.clamp) ? run<Kind<false>>(p) : run<Kind<true>>(p);
+}
+
 }  // namespace
 
 bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows) {
@@ -122,10 +130,10 @@ bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows,
 }
 
 const char* fp8_rows(const Fp8Gemm& p, void*) { return run<RowsKind>(p); }
-const char* fp8_up(const Fp8Gemm& p, void*) { return run<UpKind>(p); }
+const char* fp8_up(const Fp8Gemm& p, void*) { return run_clamped<UpKind>(p); }
 const char* fp8_wgrad(const Fp8Gemm& p, void*) { return run<WgradKind>(p); }
 const char* fp8_down_backward(const Fp8Gemm& p, void*) {
-  return p.dt_scale == nullptr ? run<WideDownBackwardKind>(p) : run<DownBackwardKind>(p);
+  return p.dt_scale == nullptr ? run_clamped<WideDownBackwardKind>(p) : run_clamped<DownBackwardKind>(p);
 }
 
 }  // namespace sonicmoe

@@ -30,6 +30,9 @@ struct float2 {
   float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct float4 {
+  float x, y, z, w;
+};
 
 // A matrix in memory and the box that one copy moves.
 struct CUtensorMap {
@@ -237,6 +240,11 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline bool __any_sync(uint32_t, bool mine) {
+  bool found = false;
+  for (int lane = 0; lane < 32; ++lane) found |= emulator::exchange(mine, lane) != 0;
+  return found;
+}
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int mask) {
   return static_cast<uint32_t>(emulator::exchange(value, emulator::cluster->current->thread % 32 ^ mask));
 }
@@ -245,8 +253,6 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -272,7 +278,14 @@ namespace sonicmoe::sm90 {
 
 using emulator::cluster;
 
-inline uintptr_t shared_address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+using Address = uintptr_t;
+inline Address shared_address(const void* pointer) { return reinterpret_cast<Address>(pointer); }
+template <class T>
+T opaque(T value) {
+  return value;
+}
+inline float load_one(Address place) { return *reinterpret_cast<const float*>(place); }
+inline float2 load_two(Address place) { return *reinterpret_cast<const float2*>(place); }
 inline uint32_t cluster_rank() { return cluster->current->rank; }
 inline void cluster_sync() { emulator::meet(cluster->all, 768); }
 
@@ -291,10 +304,15 @@ inline void barrier_arrive(uint64_t* barrier) {
   --found.pending;
   emulator::settle(found);
 }
-inline void barrier_arrive_at(uint64_t* barrier, uint32_t rank) { barrier_arrive(emulator::at_rank(barrier, rank)); }
+inline void barrier_arrive_at(Address barrier, uint32_t rank) {
+  barrier_arrive(emulator::at_rank(reinterpret_cast<uint64_t*>(barrier), rank));
+}
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   const emulator::Barrier& found = cluster->barriers.at(barrier);
   emulator::wait_until([&] { return found.parity != static_cast<int>(parity); });
+}
+inline void barrier_wait(Address barrier, uint32_t parity) {
+  barrier_wait(reinterpret_cast<uint64_t*>(barrier), parity);
 }
 inline void warpgroup_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 128); }
 
@@ -356,7 +374,9 @@ void registers_up() {}
 template <int kCount>
 void registers_down() {}
 
-inline uint64_t operand(const void* tile) { return reinterpret_cast<uint64_t>(tile) / 16; }
+using Operand = uint64_t;
+inline Operand operand(Address tile) { return tile / 16; }
+inline Operand further(Operand tile, int bytes) { return tile + bytes / 16; }
 inline void product_fence() {}
 inline void product_commit() {}
 inline void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
@@ -368,18 +388,38 @@ inline void product_wait() {
 }
 inline void pin(float (&)[64]) {}
 
-inline void store_matrices(uintptr_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  const uint32_t values[4] = {a, b, c, d};
+// One 16-bit value: of row or column ``at`` in the row of 16 bytes that lane 8m + r names.
+inline uint16_t* matrix_value(Address row, int matrix, int r, int at) {
+  return reinterpret_cast<uint16_t*>(emulator::exchange(row, 8 * matrix + r)) + at;
+}
+inline void store_matrices(Address row, const uint32_t (&v)[4]) {
   const int lane = cluster->current->thread % 32;
   for (int matrix = 0; matrix < 4; ++matrix) {
-    const uint64_t start = emulator::exchange(row, 8 * matrix + lane / 4);
-    std::memcpy(reinterpret_cast<void*>(start + lane % 4 * 4), &values[matrix], 4);
+    std::memcpy(matrix_value(row, matrix, lane / 4, lane % 4 * 2), &v[matrix], 4);
   }
 }
+inline void store_matrices_transposed(Address row, const uint32_t (&v)[4]) {
+  const int lane = cluster->current->thread % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int k = 0; k < 2; ++k) {
+      *matrix_value(row, matrix, lane % 4 * 2 + k, lane / 4) = static_cast<uint16_t>(v[matrix] >> 16 * k);
+    }
+  }
+}
+inline void load_matrices_transposed(Address row, uint32_t (&v)[4]) {
+  const int lane = cluster->current->thread % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    v[matrix] = 0;
+    for (int k = 0; k < 2; ++k) v[matrix] |= uint32_t{*matrix_value(row, matrix, lane % 4 * 2 + k, lane / 4)} << 16 * k;
+  }
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 inline uint32_t to_e4m3(float low, float high) {
   return emulator::e4m3_code(low) | static_cast<uint32_t>(emulator::e4m3_code(high)) << 8;
 }
+inline uint32_t to_e4m3(float a, float b, float c, float d) { return to_e4m3(a, b) | to_e4m3(c, d) << 16; }
 inline float2 from_e4m3(uint16_t pair) { return {emulator::e4m3_value(pair & 0xFF), emulator::e4m3_value(pair >> 8)}; }
 
 inline uint16_t sixteen(float value, bool half) {
@@ -399,6 +439,5 @@ inline void add_two(float* target, float x, float y) {
   target[0] += x;
   target[1] += y;
 }
-inline int fresh(int value) { return value; }
 
 }  // namespace sonicmoe::sm90
