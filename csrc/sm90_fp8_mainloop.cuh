@@ -75,6 +75,7 @@ struct alignas(1024) Shared {
   uint64_t full[Kind::kStages];
   uint64_t empty[Kind::kStages];
   uint64_t z_full[kMultipliers];
+  uint64_t turn[kMultipliers];
 };
 
 // The ring of stages as the loop that multiplies sees it: places worked out once.
@@ -90,6 +91,7 @@ struct Ring {
   __device__ Operand b(int s) const { return further(first_b, s * kOperandBytes); }
   __device__ Address full(int s) const { return base + offsetof(Shared<Kind>, full) + s * sizeof(uint64_t); }
   __device__ Address empty(int s) const { return base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t); }
+  __device__ Address turn(int group) const { return base + offsetof(Shared<Kind>, turn) + group * sizeof(uint64_t); }
   __device__ Address a_strip(int s) const { return base + offsetof(Shared<Kind>, a_strip) + s * kStripBytes; }
   __device__ Address b_strip(int s) const { return base + offsetof(Shared<Kind>, b_strip) + s * kStripBytes; }
 };
@@ -166,7 +168,7 @@ class Units {
 template <class Kind>
 struct Stage {
   int index = 0;
-  uint32_t round = 0;
+  uint32_t round = 0, turn = 0;  // turn: of the warpgroups that multiply
   __device__ void advance() {
     if (++index == Kind::kStages) {
       index = 0;
@@ -183,7 +185,10 @@ __device__ void make_barriers(Shared<Kind>& shared) {
     // The warps of both blocks that multiply: each block writes into the other's stages.
     barrier_init(&shared.empty[s], 2 * kMultipliers * 4);
   }
-  for (int group = 0; group < kMultipliers; ++group) barrier_init(&shared.z_full[group], 1);
+  for (int group = 0; group < kMultipliers; ++group) {
+    barrier_init(&shared.z_full[group], 1);
+    barrier_init(&shared.turn[group], 4);
+  }
   barrier_init_fence();
 }
 
@@ -380,7 +385,11 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   auto begin = [&](int step) {
     const int s = stage.index;
     barrier_wait(ring.full(s), stage.round);
+    // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
+    barrier_wait(ring.turn(me.group), stage.turn ^ (me.group == 0));
     multiply_stage(ring, s, part);
+    if (me.lane == 0) barrier_arrive(ring.turn(1 - me.group));
+    stage.turn ^= 1;
     row = scales.rows(step, ring.a_strip(s));
     if constexpr (Kind::kColumnStrips) {
       const Address first = ring.b_strip(s) + me.quad() * 8;

@@ -136,7 +136,8 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
 
 
 def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
-    """dz by row takes z's place. What wgrad reads is a by-product, needed or not."""
+    """dz by row takes z's place, if no other is given. What wgrad reads is a by-product, needed or not."""
+    rows = z if out is None else out
     width, like, n_rows = weights.intermediate_size, z.data, routing.n_rows
     parts = _floats([n_rows, width // 64], like)
     if plan.fp8_wgrad:
@@ -149,11 +150,11 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     if n_rows:
         module = _module(arch(like), plan.cache_dir)
         problem = _problem(module, dout_rows, weights.fp8.w2_t, routing, width, weights.hidden_size)
-        found = map(address, (z.data, z.scale, z.data, z.scale, *operands, parts))
+        found = map(address, (z.data, z.scale, rows.data, rows.scale, *operands, parts))
         half = plan.storage == "float16"
         tokens, stream = _tokens(module, routing), current_stream(like)
         module.down_backward(problem, tokens, *found, _clamp(plan), plan.recipe.pow2, half, stream)
-    return Gradient(z, dz), pa if need_wgrad else None, parts
+    return Gradient(rows, dz), pa if need_wgrad else None, parts
 
 
 def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool) -> None:

@@ -304,6 +304,7 @@ inline void barrier_arrive(uint64_t* barrier) {
   --found.pending;
   emulator::settle(found);
 }
+inline void barrier_arrive(Address barrier) { barrier_arrive(reinterpret_cast<uint64_t*>(barrier)); }
 inline void barrier_arrive_at(Address barrier, uint32_t rank) {
   barrier_arrive(emulator::at_rank(reinterpret_cast<uint64_t*>(barrier), rank));
 }
@@ -378,7 +379,7 @@ using Operand = uint64_t;
 inline Operand operand(Address tile) { return tile / 16; }
 inline Operand further(Operand tile, int bytes) { return tile + bytes / 16; }
 inline void product_fence() {}
-inline void product_commit() {}
+inline void product_commit() { emulator::meet(emulator::warp().meeting, 32); }  // the warp gives its products together
 inline void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
   cluster->current->products.push_back({d, a, b, add});
 }
