@@ -64,9 +64,9 @@ __device__ __forceinline__ TokenInput begin_gradient(const Fp8Gemm& p, const Map
                                                      const Lane& me, const Unit& unit) {
   const int f = first_column(unit, me);
   if (me.leads()) {
-    store_wait_read();
+    store_wait_read<0>();
     barrier_expect(&shared.z_full[me.group], kOperandBytes);
-    tensor_load(maps.z, &shared.z_full[me.group], shared.out[me.group], f, unit.row);
+    tensor_load(maps.z, &shared.z_full[me.group], shared.out.at[me.group], f, unit.row);
   }
   const int64_t row = unit.row + me.number();
   return {p.z_scale[row * (2 * p.width / kTile) + f / kTile], p.score[p.scatter[row]]};
@@ -247,9 +247,9 @@ template <class Kind>
 __device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
                                                const Unit& unit, const TokenInput& input, uint32_t z_round,
                                                const float (&total)[64]) {
-  uint8_t* dz = shared.out[me.group];  // z until each pair is replaced by its gradient
+  uint8_t* dz = shared.out.at[me.group];  // z until each pair is replaced by its gradient
   const Address z = opaque(shared_address(dz));
-  Tokens& tokens = shared.tokens[me.group];
+  Tokens& tokens = shared.tokens.at[me.group];
   const int f = first_column(unit, me), i = unit.column + 64 * me.group, mine = me.number();
   tokens.z_scale[mine] = input.z_scale;
   tokens.score[mine] = input.score;

@@ -41,9 +41,10 @@ __device__ __forceinline__ float block_scale(float largest, bool pow2) {
   return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
 }
 
-// Before shared memory is written again: the bulk stores have read it.
+// Before shared memory is written again: the bulk stores have read it, all but the last ``kPending``.
+template <int kPending = 0>
 __device__ __forceinline__ void begin_output(const Lane& me) {
-  if (me.leads()) store_wait_read();
+  if (me.leads()) store_wait_read<kPending>();
   warpgroup_sync(1 + me.group);
 }
 
@@ -57,25 +58,29 @@ __device__ __forceinline__ bool end_output(const Lane& me) {
 // ---- rows: y, rounded to 16 bits
 
 __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
-                                  const float (&total)[64]) {
-  begin_output(me);
+                                  const float (&total)[2][64]) {
   // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
-  const int row = me.warp * 16 + me.lane % 16;
 #pragma unroll
-  for (int j = 0; j < 16; j += 2) {
-    const int column = 8 * j + me.lane / 16 * 8, at = column % 64 * 2;
-    const float* v = total + 4 * j;
-    const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
-                               two(v[6], v[7], p.half)};
-    store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), pairs);
-  }
-  if (end_output(me)) {
-    if (unit.alive) {
-      const int y = unit.row + me.group * 64;
-      tensor_store(maps.d, out, unit.column, y);
-      tensor_store(maps.d, out + 8192, unit.column + 64, y);
+  for (int tile = 0; tile < 2; ++tile) {
+    if (tile >= unit.row_tiles) break;
+    begin_output(me);
+    const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < 16; j += 2) {
+      const int column = 8 * j + lane / 16 * 8, at = column % 64 * 2;
+      const float* v = total[tile] + 4 * j;
+      const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
+                                 two(v[6], v[7], p.half)};
+      store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), pairs);
     }
-    store_commit();
+    if (end_output(me)) {
+      if (unit.alive) {
+        const int y = unit.row + tile * kTile + me.group * 64;
+        tensor_store(maps.d, out, unit.column, y);
+        tensor_store(maps.d, out + 8192, unit.column + 64, y);
+      }
+      store_commit();
+    }
   }
 }
 
@@ -138,45 +143,46 @@ __device__ __forceinline__ float quantize_a_row(const Fp8Gemm& p, uint8_t* out, 
   return scale;
 }
 
-// One of the two tiles of z. ``a`` gets this tile's 16 activations of this thread's row, and of the row below.
+// Two tiles of z, side by side, and the tile of a that they make.
 template <class Kind>
-__device__ __forceinline__ void store_z(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
-                                        const Unit& unit, int tile, const float (&total)[64], float (&a)[2][32]) {
+__device__ __forceinline__ void store_up(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
+                                         const Unit& unit, const float (&total)[2][64]) {
+  constexpr int kPieceBytes = kOperandBytes / 2;
+  const int first = unit.row + me.group * 64;
+  float a[2][32];  // of this thread's row, and of the one 8 further down
   begin_output(me);
-  const int column = unit.column + tile * kTile;
 #pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    float v[32];
+  for (int tile = 0; tile < 2; ++tile) {
+    uint8_t* piece = out + tile * kPieceBytes;
+    const int column = unit.column + tile * kTile;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      v[2 * j] = total[4 * j + 2 * below];
-      v[2 * j + 1] = total[4 * j + 2 * below + 1];
-      a[below][16 * tile + j] = swiglu<Kind::kClamp>(v[2 * j], v[2 * j + 1], p.clamp);
+    for (int below = 0; below < 2; ++below) {
+      float v[32];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        v[2 * j] = total[tile][4 * j + 2 * below];
+        v[2 * j + 1] = total[tile][4 * j + 2 * below + 1];
+        a[below][16 * tile + j] = swiglu<Kind::kClamp>(v[2 * j], v[2 * j + 1], p.clamp);
+      }
+      const int64_t row = me.row() + 8 * below;
+      const float scale = quantize_z_row(p, piece, me, row, v);
+      if (unit.alive && me.quad() == 0) p.d_scale[(first + row) * (p.width / kTile) + column / kTile] = scale;
     }
-    const int row = me.row() + 8 * below;
-    const float scale = quantize_z_row(p, out, me, row, v);
-    const int64_t sorted = unit.row + me.group * 64 + row;
-    if (unit.alive && me.quad() == 0) p.d_scale[sorted * (p.width / kTile) + column / kTile] = scale;
+    if (end_output(me)) {
+      if (unit.alive) tensor_store(maps.d, piece, column, first);
+      store_commit();
+    }
   }
-  if (end_output(me)) {
-    if (unit.alive) tensor_store(maps.d, out, column, unit.row + me.group * 64);
-    store_commit();
-  }
-}
-
-__device__ __forceinline__ void store_a(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
-                                        const Unit& unit, float (&a)[2][32]) {
-  out += kOperandBytes / 2;  // beside z: nothing to wait for that store_z has not waited for
-  const int column = unit.column / 2;
+  if (p.e == nullptr) return;
+  begin_output<1>(me);  // where the left tile of z was
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    const int row = me.row() + 8 * below;
+    const int64_t row = me.row() + 8 * below;
     const float scale = quantize_a_row(p, out, me, row, a[below]);
-    const int64_t sorted = unit.row + me.group * 64 + row;
-    if (unit.alive && me.quad() == 0) p.e_scale[sorted * (p.width / 2 / kTile) + column / kTile] = scale;
+    if (unit.alive && me.quad() == 0) p.e_scale[(first + row) * (p.width / 2 / kTile) + unit.column / 2 / kTile] = scale;
   }
   if (end_output(me)) {
-    if (unit.alive) tensor_store(maps.e, out, column, unit.row + me.group * 64);
+    if (unit.alive) tensor_store(maps.e, out, unit.column / 2, first);
     store_commit();
   }
 }
@@ -184,21 +190,26 @@ __device__ __forceinline__ void store_a(const Fp8Gemm& p, const Maps& maps, uint
 // ---- wgrad: into the caller's own memory
 
 // Each element belongs to one thread of one launch, so the additions have no order that could differ.
-__device__ inline void store_wgrad(const Fp8Gemm& p, const Lane& me, const Unit& unit, const float (&total)[64]) {
+__device__ inline void store_wgrad(const Fp8Gemm& p, const Lane& me, const Unit& unit, const float (&total)[2][64]) {
   if (!unit.alive || (p.add && unit.steps == 0)) return;
 #pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    const int64_t row = static_cast<int64_t>(unit.expert) * p.height + unit.row + me.tile_row() + 8 * below;
-    const int64_t first = row * p.width + unit.column + 2 * me.quad();
+  for (int tile = 0; tile < 2; ++tile) {
+    if (tile >= unit.row_tiles) break;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const float x = total[4 * j + 2 * below], y = total[4 * j + 2 * below + 1];
-      if (p.add) {
-        add_two(static_cast<float*>(p.d) + first + 8 * j, x, y);
-      } else if (p.wide) {
-        *reinterpret_cast<float2*>(static_cast<float*>(p.d) + first + 8 * j) = make_float2(x, y);
-      } else {
-        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.d) + first + 8 * j) = two(x, y, p.half);
+    for (int below = 0; below < 2; ++below) {
+      const int in_matrix = unit.row + tile * kTile + me.tile_row() + 8 * below;
+      const int64_t row = static_cast<int64_t>(unit.expert) * p.height + in_matrix;
+      const int64_t first = row * p.width + unit.column + 2 * me.quad();
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const float x = total[tile][4 * j + 2 * below], y = total[tile][4 * j + 2 * below + 1];
+        if (p.add) {
+          add_two(static_cast<float*>(p.d) + first + 8 * j, x, y);
+        } else if (p.wide) {
+          *reinterpret_cast<float2*>(static_cast<float*>(p.d) + first + 8 * j) = make_float2(x, y);
+        } else {
+          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.d) + first + 8 * j) = two(x, y, p.half);
+        }
       }
     }
   }

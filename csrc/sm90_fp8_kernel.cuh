@@ -6,43 +6,50 @@
 
 namespace sonicmoe::sm90 {
 
+// Scales of this thread's rows, where rows are tokens.
+template <class Kind>
+__device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& p, const Lane& me, const Unit& unit) {
+  const int first = unit.row + me.tile_row(), second = first + 8;
+  TokenRowScales<Kind> scales;
+  scales.tokens = p.a_scale;
+  scales.weights = p.b_scale;
+  scales.steps = unit.steps;
+  scales.lane = me.lane;
+  // A scale stands for 128 bytes, so there are fewer than 2^32.
+  scales.above = static_cast<uint32_t>(Kind::kGather ? p.gather[first] : first) * unit.steps;
+  if constexpr (Kind::kGather) scales.below = static_cast<uint32_t>(p.gather[second]) * unit.steps;
+  scales.weight = static_cast<uint32_t>(unit.expert * (p.width / kTile) + unit.column / kTile) * unit.steps;
+  scales.both = unit.row_tiles == 2;
+  scales.ask(0);
+  return scales;
+}
+
 template <class Kind>
 __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank, const Lane& me) {
-  uint8_t* out = shared.out[me.group];
-  const int blocks = p.depth / kTile;
   const Ring<Kind> ring(shared, me.group);
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
   uint32_t round = 0;
-  float total[64];
+  float total[kTiles<Kind>][64];
   while (units.next(unit)) {
     if constexpr (Kind::kStrips) {
-      sum_steps(ring, me, stage, unit.steps, StripScales(me), total);
+      sum_steps(ring, me, stage, unit, StripScales(me), total);
       store_wgrad(p, me, unit, total);
     } else if constexpr (Kind::kTransposed) {
       const TokenInput input = begin_gradient(p, maps, shared, me, unit);
+      const int blocks = p.depth / kTile;
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      sum_steps(ring, me, stage, unit.steps, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
-      store_gradient(p, maps, shared, me, unit, input, round, total);
+      sum_steps(ring, me, stage, unit, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
+      store_gradient(p, maps, shared, me, unit, input, round, total[0]);
       round ^= 1;
     } else {
-      const int64_t first = unit.row + me.tile_row();
-      const int64_t above = Kind::kGather ? p.gather[first] : first;
-      const int64_t below = Kind::kGather ? p.gather[first + 8] : first + 8;
-      const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      const float *a_above = p.a_scale + above * blocks, *a_below = p.a_scale + below * blocks;
-      const float* b = p.b_scale + column * blocks;
-      sum_steps(ring, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
-      if constexpr (Kind::kColumnTiles == 1) {
-        store_rows(p, maps, out, me, unit, total);
+      sum_steps(ring, me, stage, unit, token_row_scales<Kind>(p, me, unit), total);
+      uint8_t* out = shared.out.at[me.group];
+      if constexpr (Kind::kGather) {
+        store_up<Kind>(p, maps, out, me, unit, total);
       } else {
-        float a[2][32];
-        store_z<Kind>(p, maps, out, me, unit, 0, total, a);
-        b += blocks;
-        sum_steps(ring, me, stage, unit.steps, TokenRowScales(a_above, a_below, b, blocks, me), total);
-        store_z<Kind>(p, maps, out, me, unit, 1, total, a);
-        if (p.e != nullptr) store_a(p, maps, out, me, unit, a);
+        store_rows(p, maps, out, me, unit, total);
       }
     }
   }
@@ -51,19 +58,21 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
 
 template <class Kind>
 __device__ void run_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared) {
+  // Together all that a multiprocessor has.
+  constexpr int kLoader = Kind::kLoaderRegisters, kMultiplier = (512 - kLoader) / 2 / 8 * 8;
   const int rank = static_cast<int>(cluster_rank()), thread = threadIdx.x;
   if (thread == 0) make_barriers(shared);
   __syncthreads();
   cluster_sync();
   if (thread < 128) {
-    registers_down<Kind::kGather ? 56 : 40>();
+    registers_down<kLoader>();
     if constexpr (Kind::kGather) {
       load_gathered_rows(p, maps, shared, rank, thread);
     } else if (thread == 0) {
       load_shared_rows(p, maps, shared, rank);
     }
   } else {
-    registers_up<Kind::kGather ? 224 : 232>();
+    registers_up<kMultiplier>();
     multiply(p, maps, shared, rank, Lane(thread - 128));
   }
   __syncwarp();

@@ -1,9 +1,10 @@
 // The part that all grouped FP8 GEMMs share: which tile comes next, how operands get into shared memory, and the sum.
 //
-// A thread block makes tiles of 128 x 128. One warpgroup loads, two multiply, 64 rows each, and go through their own
-// epilogues: while one promotes or stores, the other has the tensor cores. Two blocks are a cluster and share what
-// they both need of one operand, each loading one half of it for both: neighbours in columns share A; where tokens are
-// gathered, which no bulk copy does, neighbours in tokens share the weights.
+// One warpgroup loads, two multiply, each 64 rows of a tile of 128 x 128, and most kinds make two such tiles from one
+// load of what these have in common: shared memory is what limits the tensor cores here. While one warpgroup adds up or
+// stores, the other has the tensor cores. Two blocks are a cluster and share what they both need of one operand, each
+// loading one half of it for both: neighbours in columns share A; where tokens are gathered, which no bulk copy does,
+// neighbours in tokens share the weights.
 #pragma once
 
 #include "sm90_fp8_gemm.h"
@@ -25,34 +26,37 @@ constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has as
 //   kGather         tokens are gathered row by row; a unit's rows are tokens
 //   kTransposed     ... and are the columns of the product, so that what a thread holds of a row follows the tokens
 //   kStrips         scales of A's rows come with every step; kColumnStrips likewise of B's
-//   kColumnTiles    tiles that a block makes one after the other, with an epilogue that remembers the first one
+//   kRowTiles       tiles that a block makes at once, one below the other; kColumnTiles likewise side by side
 //   kOutBytes       room for each warpgroup's results
+//   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
   static constexpr bool kGather = false, kTransposed = false, kStrips = false, kColumnStrips = false;
-  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
+  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 32;
 };
 template <bool kClamp_>
 struct UpKind {
   static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false, kClamp = kClamp_;
-  static constexpr int kColumnTiles = 2, kStages = 5, kOutBytes = 16 * 1024;
+  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 48;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
   static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
-  static constexpr int kColumnTiles = 1, kStages = 4, kOutBytes = 40 * 1024;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kOutBytes = 40 * 1024, kLoaderRegisters = 56;
   static constexpr bool kWide = false;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
   static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
-  static constexpr int kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024, kLoaderRegisters = 56;
   static constexpr bool kWide = true;
 };
 struct WgradKind {
   static constexpr bool kGather = false, kTransposed = false, kStrips = true, kColumnStrips = true;
-  static constexpr int kColumnTiles = 1, kStages = 6, kOutBytes = 1024;  // not used
+  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kOutBytes = 0, kLoaderRegisters = 40;
 };
+template <class Kind>
+constexpr int kTiles = Kind::kRowTiles * Kind::kColumnTiles;
 
 struct Maps {
   CUtensorMap a, b, d, e, z, dt;
@@ -64,14 +68,22 @@ struct Tokens {
   float largest[4][kTile], product[4][kTile];  // by warp
 };
 
+template <class T, int kCount>
+struct Array {
+  T at[kCount];
+};
+template <class T>
+struct Array<T, 0> {};
+
 template <class Kind>
 struct alignas(1024) Shared {
-  uint8_t a[Kind::kStages][kOperandBytes];
-  uint8_t b[Kind::kStages][kOperandBytes];
-  uint8_t out[kMultipliers][Kind::kOutBytes];
-  float a_strip[Kind::kStrips ? Kind::kStages : 1][kTile];
-  float b_strip[Kind::kColumnStrips ? Kind::kStages : 1][kTile];
-  Tokens tokens[Kind::kTransposed ? kMultipliers : 1];
+  static constexpr int kABytes = Kind::kRowTiles * kOperandBytes, kBBytes = Kind::kColumnTiles * kOperandBytes;
+  uint8_t a[Kind::kStages][kABytes];
+  uint8_t b[Kind::kStages][kBBytes];
+  Array<uint8_t[Kind::kOutBytes == 0 ? 1 : Kind::kOutBytes], Kind::kOutBytes == 0 ? 0 : kMultipliers> out;
+  Array<float[Kind::kRowTiles * kTile], Kind::kStrips ? Kind::kStages : 0> a_strip;
+  Array<float[kTile], Kind::kColumnStrips ? Kind::kStages : 0> b_strip;
+  Array<Tokens, Kind::kTransposed ? kMultipliers : 0> tokens;
   uint64_t full[Kind::kStages];
   uint64_t empty[Kind::kStages];
   uint64_t z_full[kMultipliers];
@@ -87,12 +99,18 @@ struct Ring {
       : base(opaque(shared_address(&shared))),
         first_a(opaque(operand(shared_address(shared.a) + group * (kOperandBytes / 2)))),
         first_b(opaque(operand(shared_address(shared.b)))) {}
-  __device__ Operand a(int s) const { return further(first_a, s * kOperandBytes); }
-  __device__ Operand b(int s) const { return further(first_b, s * kOperandBytes); }
+  __device__ Operand a(int s, int tile) const {
+    return further(first_a, s * Shared<Kind>::kABytes + tile / Kind::kColumnTiles * kOperandBytes);
+  }
+  __device__ Operand b(int s, int tile) const {
+    return further(first_b, s * Shared<Kind>::kBBytes + tile % Kind::kColumnTiles * kOperandBytes);
+  }
   __device__ Address full(int s) const { return base + offsetof(Shared<Kind>, full) + s * sizeof(uint64_t); }
   __device__ Address empty(int s) const { return base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t); }
   __device__ Address turn(int group) const { return base + offsetof(Shared<Kind>, turn) + group * sizeof(uint64_t); }
-  __device__ Address a_strip(int s) const { return base + offsetof(Shared<Kind>, a_strip) + s * kStripBytes; }
+  __device__ Address a_strip(int s) const {
+    return base + offsetof(Shared<Kind>, a_strip) + s * Kind::kRowTiles * kStripBytes;
+  }
   __device__ Address b_strip(int s) const { return base + offsetof(Shared<Kind>, b_strip) + s * kStripBytes; }
 };
 
@@ -101,6 +119,7 @@ struct Ring {
 struct Unit {
   int expert, row, column;  // first row and column of this block's tile: of sorted rows and weights, or of D in wgrad
   int first_step, steps;    // along the summed dimension, in tiles
+  int row_tiles;            // how many of kRowTiles there are
   bool alive;               // false for the spare block of a cluster at an edge: it works along and stores nothing
 };
 
@@ -139,6 +158,8 @@ class Units {
       if (!unit.alive) --column;
     }
     unit.column = column * kTile;
+    unit.row_tiles = Kind::kGather ? 1 : min(n_row_tiles_ - row * Kind::kRowTiles, Kind::kRowTiles);
+    row *= Kind::kRowTiles;
     unit.row = begin_ + row * kTile;
     if constexpr (Kind::kStrips) {
       unit.row = row * kTile;
@@ -154,7 +175,9 @@ class Units {
     begin_ = p_.offset[expert];
     end_ = p_.offset[expert + 1];
     n_row_tiles_ = (Kind::kStrips ? p_.height : end_ - begin_) / kTile;
-    n_row_units_ = Kind::kGather ? (n_row_tiles_ + 1) / 2 : n_row_tiles_;
+    // A unit is what a cluster makes; where tokens are gathered its two blocks lie one below the other.
+    constexpr int kHigh = Kind::kGather ? 2 : Kind::kRowTiles;
+    n_row_units_ = (n_row_tiles_ + kHigh - 1) / kHigh;
     first_ = last_;
     last_ = first_ + n_row_units_ * n_columns_;
   }
@@ -197,25 +220,27 @@ __device__ void make_barriers(Shared<Kind>& shared) {
 // One thread. Neighbours in columns: this block loads its half of A for both, and a B of its own.
 template <class Kind>
 __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank) {
-  constexpr uint32_t kBytes = 2 * kOperandBytes + (Kind::kStrips ? 2 * kStripBytes : 0);
+  constexpr int kHalfRows = Kind::kRowTiles * kTile / 2;
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
   while (units.next(unit)) {
-    const int a_row = unit.row + rank * (kTile / 2);
+    const int a_row = unit.row + rank * kHalfRows;
     const int b_row = Kind::kStrips ? unit.column : unit.expert * p.width + unit.column;
+    const uint32_t a_strip_bytes = unit.row_tiles * kStripBytes;
+    const uint32_t bytes = sizeof(shared.a[0]) + sizeof(shared.b[0]) + (Kind::kStrips ? a_strip_bytes + kStripBytes : 0);
 #pragma unroll 1
     for (int step = unit.first_step; step < unit.first_step + unit.steps; ++step, stage.advance()) {
       const int s = stage.index;
       barrier_wait(&shared.empty[s], stage.round ^ 1);
-      barrier_expect(&shared.full[s], kBytes);
-      uint8_t* half = shared.a[s] + rank * (kOperandBytes / 2);
+      barrier_expect(&shared.full[s], bytes);
+      uint8_t* half = shared.a[s] + rank * kHalfRows * kTile;
       tensor_load_multicast(maps.a, &shared.full[s], half, step * kTile, a_row, 3);
       tensor_load(maps.b, &shared.full[s], shared.b[s], step * kTile, b_row);
       if constexpr (Kind::kStrips) {
         const int64_t block = step;
-        bulk_load(&shared.full[s], shared.a_strip[s], p.a_scale + block * p.height + unit.row, kStripBytes);
-        bulk_load(&shared.full[s], shared.b_strip[s], p.b_scale + block * p.width + unit.column, kStripBytes);
+        bulk_load(&shared.full[s], shared.a_strip.at[s], p.a_scale + block * p.height + unit.row, a_strip_bytes);
+        bulk_load(&shared.full[s], shared.b_strip.at[s], p.b_scale + block * p.width + unit.column, kStripBytes);
       }
     }
   }
@@ -247,12 +272,11 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
   };
   Unit unit;
   while (units.next(unit)) {
-    const uint8_t* source[kRows];
+    int token[kRows];
     uint32_t real = 0;  // one bit a row: pads are filled with zeros, whatever token 0 holds
     for (int i = 0; i < kRows; ++i) {
       const int row = unit.row + from + i * kApart;
-      const int64_t token = p.gather[row];
-      source[i] = static_cast<const uint8_t*>(p.a) + token * p.depth + piece * 16;
+      token[i] = p.gather[row];
       real |= static_cast<uint32_t>(p.scatter[row] < p.n_slots) << i;
     }
     const float* scale = nullptr;
@@ -260,29 +284,31 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       const int64_t token = p.gather[unit.row + scale_from];
       scale = p.a_scale + token * blocks;
     }
-    for (int tile = 0; tile < Kind::kColumnTiles; ++tile) {
-      const int weight_row = unit.expert * p.width + unit.column + tile * kTile + rank * (kTile / 2);
+    const int weight_row = unit.expert * p.width + unit.column + rank * (kTile / 2);
 #pragma unroll 1
-      for (int step = 0; step < unit.steps; ++step, stage.advance()) {
-        const int s = stage.index;
-        uint8_t* tokens = Kind::kTransposed ? shared.b[s] : shared.a[s];
-        uint8_t* weights = Kind::kTransposed ? shared.a[s] : shared.b[s];
-        barrier_wait(&shared.empty[s], stage.round ^ 1);
-        if (thread == 0) {
-          barrier_expect(&shared.full[s], kOperandBytes);
-          uint8_t* half = weights + rank * (kOperandBytes / 2);
-          tensor_load_multicast(maps.b, &shared.full[s], half, step * kTile, weight_row, 3);
+    for (int step = 0; step < unit.steps; ++step, stage.advance()) {
+      const int s = stage.index;
+      uint8_t* tokens = Kind::kTransposed ? shared.b[s] : shared.a[s];
+      uint8_t* weights = Kind::kTransposed ? shared.a[s] : shared.b[s];
+      barrier_wait(&shared.empty[s], stage.round ^ 1);
+      if (thread == 0) {
+        barrier_expect(&shared.full[s], kTiles<Kind> * kOperandBytes);
+        uint8_t* half = weights + rank * (kOperandBytes / 2);
+        for (int tile = 0; tile < kTiles<Kind>; ++tile) {
+          tensor_load_multicast(maps.b, &shared.full[s], half + tile * kOperandBytes, step * kTile,
+                                weight_row + tile * kTile, 3);
         }
-        for (int i = 0; i < kRows; ++i) {
-          async_copy(tokens + target + i * kApart * kTile, source[i] + step * kTile, real >> i & 1);
-        }
-        if constexpr (Kind::kColumnStrips) async_copy(&shared.b_strip[s][thread], scale + step);
-        async_copy_commit();
-        if (++in_flight == kInFlight) {
-          async_copy_wait<kInFlight - 1>();
-          land();
-          --in_flight;
-        }
+      }
+      const uint8_t* source = static_cast<const uint8_t*>(p.a) + step * kTile + piece * 16;
+      for (int i = 0; i < kRows; ++i) {
+        async_copy(tokens + target + i * kApart * kTile, source + int64_t{token[i]} * p.depth, real >> i & 1);
+      }
+      if constexpr (Kind::kColumnStrips) async_copy(&shared.b_strip.at[s][thread], scale + step);
+      async_copy_commit();
+      if (++in_flight == kInFlight) {
+        async_copy_wait<kInFlight - 1>();
+        land();
+        --in_flight;
       }
     }
   }
@@ -306,29 +332,39 @@ struct Lane {
 // Scales of a tile's steps. Those in global memory are asked for long before they are used, some steps at a time: each
 // lane of a group of lanes with the same rows holds those of one step. A tile's 128 rows or columns of weights have one
 // in common.
+template <class Kind>
 struct TokenRowScales {
   static constexpr int kAtOnce = 4;  // lanes that hold the same rows
-  const float *above, *below, *weights;
+  const float *tokens, *weights;
+  uint32_t above, below, weight;  // where the scales of a row begin, and of a column; ``below`` where rows are gathered
   int steps, lane;
-  float here_above, here_below, next_above, next_below, next_weights;
-  __device__ TokenRowScales(const float* a, const float* b, const float* w, int n, const Lane& me)
-      : above(a), below(b), weights(w), steps(n), lane(me.lane) {
-    ask(0);
-  }
+  bool both;
+  float2 here[kTiles<Kind>], next[Kind::kRowTiles];
+  float next_weights[Kind::kColumnTiles];
   __device__ void ask(int first) {
     const int step = min(first + lane % kAtOnce, steps - 1);
-    next_above = __ldg(above + step);
-    next_below = __ldg(below + step);
-    next_weights = __ldg(weights + step);
+#pragma unroll
+    for (int i = 0; i < Kind::kRowTiles; ++i) {
+      // A tile that is not there takes the other one's.
+      const uint32_t first = above + (i == 1 && both ? kTile * steps : 0) + step;
+      const uint32_t second = Kind::kGather ? below + step : first + 8 * steps;
+      next[i] = make_float2(__ldg(tokens + first), __ldg(tokens + second));
+    }
+#pragma unroll
+    for (int i = 0; i < Kind::kColumnTiles; ++i) next_weights[i] = __ldg(weights + weight + i * steps + step);
   }
-  __device__ float2 rows(int step, Address) {
-    if (step % kAtOnce == 0) {
-      here_above = next_above * next_weights;
-      here_below = next_below * next_weights;
+  __device__ float2 rows(int step, int tile, Address) {
+    if (tile == 0 && step % kAtOnce == 0) {
+#pragma unroll
+      for (int i = 0; i < kTiles<Kind>; ++i) {
+        const float2 row = next[i / Kind::kColumnTiles];
+        const float weight = next_weights[i % Kind::kColumnTiles];
+        here[i] = make_float2(row.x * weight, row.y * weight);
+      }
       ask(step + kAtOnce);
     }
     const int from = lane / kAtOnce * kAtOnce + step % kAtOnce;
-    return make_float2(__shfl_sync(0xffffffff, here_above, from), __shfl_sync(0xffffffff, here_below, from));
+    return make_float2(__shfl_sync(0xffffffff, here[tile].x, from), __shfl_sync(0xffffffff, here[tile].y, from));
   }
 };
 struct WeightRowScales {
@@ -338,7 +374,7 @@ struct WeightRowScales {
   float here, next;
   __device__ WeightRowScales(const float* w, int n, const Lane& me) : weights(w), steps(n), lane(me.lane) { ask(0); }
   __device__ void ask(int first) { next = __ldg(weights + min(first + lane, steps - 1)); }
-  __device__ float2 rows(int step, Address) {
+  __device__ float2 rows(int step, int, Address) {
     if (step % kAtOnce == 0) {
       here = next;
       ask(step + kAtOnce);
@@ -350,14 +386,15 @@ struct WeightRowScales {
 struct StripScales {
   int first;
   __device__ explicit StripScales(const Lane& me) : first(me.tile_row()) {}
-  __device__ float2 rows(int, Address strip) const {
-    return make_float2(load_one(strip + first * 4), load_one(strip + first * 4 + 32));
+  __device__ float2 rows(int, int tile, Address strip) const {
+    const Address place = strip + tile * kStripBytes + first * 4;
+    return make_float2(load_one(place), load_one(place + 32));
   }
 };
 
 template <class Kind>
-__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, float (&part)[64]) {
-  const Operand a = ring.a(s), b = ring.b(s);
+__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int tile, float (&part)[64]) {
+  const Operand a = ring.a(s, tile), b = ring.b(s, tile);
   pin(part);
   product_fence();
 #pragma unroll
@@ -372,49 +409,63 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
   if (me.lane < 2) barrier_arrive_at(ring.empty(s), me.lane);
 }
 
-// total [64,128] of this warpgroup over ``steps`` steps.
+// total [64,128] of this warpgroup in each of the unit's tiles.
 template <class Kind, class Scales>
-__device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, int steps,
-                                          Scales scales, float (&total)[64]) {
+__device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
+                                          Scales scales, float (&total)[kTiles<Kind>][64]) {
+  // Where there is room, the scales of columns are in registers before the products are waited for.
+  constexpr bool kEarly = Kind::kColumnStrips && kTiles<Kind> == 1, kLate = Kind::kColumnStrips && !kEarly;
 #pragma unroll
-  for (int i = 0; i < 64; ++i) total[i] = 0.0f;
-  if (steps == 0) return;
+  for (int tile = 0; tile < kTiles<Kind>; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) total[tile][i] = 0.0f;
+  }
+  if (unit.steps == 0) return;
+  const bool both = kTiles<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
   float part[64];
-  float2 row, column[Kind::kColumnStrips ? 16 : 1];
-  // Scales are in registers before the products are waited for, and so the stage is free at once.
-  auto begin = [&](int step) {
+  float2 row, column[kEarly ? 16 : 1];
+  auto begin = [&](int step, int tile) {
     const int s = stage.index;
-    barrier_wait(ring.full(s), stage.round);
+    if (tile == 0) barrier_wait(ring.full(s), stage.round);
     // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
     barrier_wait(ring.turn(me.group), stage.turn ^ (me.group == 0));
-    multiply_stage(ring, s, part);
+    multiply_stage(ring, s, tile, part);
     if (me.lane == 0) barrier_arrive(ring.turn(1 - me.group));
     stage.turn ^= 1;
-    row = scales.rows(step, ring.a_strip(s));
-    if constexpr (Kind::kColumnStrips) {
-      const Address first = ring.b_strip(s) + me.quad() * 8;
+    row = scales.rows(step, tile, Kind::kStrips ? ring.a_strip(s) : 0);
+    if constexpr (kEarly) {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) column[j] = load_two(first + j * 32);
+      for (int j = 0; j < 16; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
     }
   };
-  begin(0);
-#pragma unroll 1
-  for (int step = 0;;) {
+  auto finish = [&](int tile, bool last) {
     product_wait();
     pin(part);
-    release(ring, me, stage.index);
+    if (!kLate && last) release(ring, me, stage.index);
+    float(&sum)[64] = total[tile];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       float2 by = make_float2(1.0f, 1.0f);
-      if constexpr (Kind::kColumnStrips) by = column[j];
-      total[4 * j] = fmaf(part[4 * j] * by.x, row.x, total[4 * j]);
-      total[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, total[4 * j + 1]);
-      total[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, total[4 * j + 2]);
-      total[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, total[4 * j + 3]);
+      if constexpr (kEarly) by = column[j];
+      if constexpr (kLate) by = load_two(ring.b_strip(stage.index) + me.quad() * 8 + j * 32);
+      sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
+      sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);
+      sum[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, sum[4 * j + 2]);
+      sum[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, sum[4 * j + 3]);
+    }
+    if (kLate && last) release(ring, me, stage.index);
+  };
+  begin(0, 0);
+#pragma unroll 1
+  for (int step = 0;;) {
+    finish(0, !both);
+    if (both) {
+      begin(step, 1);
+      finish(kTiles<Kind> - 1, true);
     }
     stage.advance();
-    if (++step == steps) break;
-    begin(step);
+    if (++step == unit.steps) break;
+    begin(step, 0);
   }
 }
 

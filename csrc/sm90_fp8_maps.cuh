@@ -15,7 +15,7 @@ inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
 }
 
 inline bool make_maps(RowsKind, const Fp8Gemm& p, Maps& maps) {
-  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 64) && describe_weights(p, maps, 128) &&
+  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 128) && describe_weights(p, maps, 128) &&
          describe(&maps.d, p.d, p.half ? Item::kHalf : Item::kBfloat, p.n_rows, p.width, 64);
 }
 
@@ -39,7 +39,7 @@ bool make_maps(DownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
 }
 
 inline bool make_maps(WgradKind, const Fp8Gemm& p, Maps& maps) {
-  return describe(&maps.a, p.a, Item::kByte, p.height, p.n_rows, 64) &&
+  return describe(&maps.a, p.a, Item::kByte, p.height, p.n_rows, 128) &&
          describe(&maps.b, p.b, Item::kByte, p.width, p.n_rows, 128);
 }
 

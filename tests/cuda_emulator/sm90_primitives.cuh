@@ -68,7 +68,8 @@ struct Fiber {
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
   std::vector<Product> products;
-  std::vector<Store> stores;
+  std::vector<Store> handed;  // not yet a group
+  std::deque<std::vector<Store>> stores;
 };
 
 // A place where a known number of threads meet, again and again.
@@ -336,14 +337,20 @@ inline void bulk_load(uint64_t* barrier, void* target, const void* source, uint3
   });
 }
 inline void tensor_store(const CUtensorMap& map, const void* source, int x, int y) {
-  cluster->current->stores.push_back({&map, static_cast<const uint8_t*>(source), x, y});
+  cluster->current->handed.push_back({&map, static_cast<const uint8_t*>(source), x, y});
 }
-inline void store_commit() {}
-inline void store_wait_read() {
-  for (const emulator::Store& store : cluster->current->stores) emulator::box_from_shared(store);
-  cluster->current->stores.clear();
+inline void store_commit() {
+  cluster->current->stores.push_back(std::move(cluster->current->handed));
+  cluster->current->handed.clear();
 }
-inline void store_wait() { store_wait_read(); }
+template <int kPending>
+void store_wait_read() {
+  auto& groups = cluster->current->stores;
+  for (; static_cast<int>(groups.size()) > kPending; groups.pop_front()) {
+    for (const emulator::Store& store : groups.front()) emulator::box_from_shared(store);
+  }
+}
+inline void store_wait() { store_wait_read<0>(); }
 
 inline void async_copy(void* target, const void* source, bool real) {
   cluster->current->open.push_back({target, source, 16, real});
