@@ -60,10 +60,10 @@ __device__ __forceinline__ bool end_output(const Lane& me) {
 __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
                                   const float (&total)[2][64]) {
   // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
+  begin_output(me);
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
+  for (int tile = 0; tile < 2; ++tile, out += kOperandBytes) {
     if (tile >= unit.row_tiles) break;
-    begin_output(me);
     const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < 16; j += 2) {

@@ -30,26 +30,37 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
-  uint32_t round = 0;
   float total[kTiles<Kind>][64];
-  while (units.next(unit)) {
-    if constexpr (Kind::kStrips) {
-      sum_steps(ring, me, stage, unit, StripScales(me), total);
+  if constexpr (Kind::kStrips) {
+    StripScales scales(me);
+    while (units.next(unit)) {
+      sum_steps(ring, me, stage, unit, scales, total);
       store_wgrad(p, me, unit, total);
-    } else if constexpr (Kind::kTransposed) {
+    }
+  } else if constexpr (Kind::kTransposed) {
+    const int blocks = p.depth / kTile;
+    for (uint32_t round = 0; units.next(unit); round ^= 1) {
       const TokenInput input = begin_gradient(p, maps, shared, me, unit);
-      const int blocks = p.depth / kTile;
       const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      sum_steps(ring, me, stage, unit, WeightRowScales(p.b_scale + column * blocks, blocks, me), total);
+      WeightRowScales scales(p.b_scale + column * blocks, blocks, me);
+      sum_steps(ring, me, stage, unit, scales, total);
       store_gradient(p, maps, shared, me, unit, input, round, total[0]);
-      round ^= 1;
-    } else {
-      sum_steps(ring, me, stage, unit, token_row_scales<Kind>(p, me, unit), total);
+    }
+  } else {
+    bool more = units.next(unit);
+    TokenRowScales<Kind> scales;
+    if (more) scales = token_row_scales<Kind>(p, me, unit);
+    while (more) {
+      sum_steps(ring, me, stage, unit, scales, total);
+      // The next unit's scales are under way while this one is stored.
+      const Unit done = unit;
+      more = units.next(unit);
+      if (more) scales = token_row_scales<Kind>(p, me, unit);
       uint8_t* out = shared.out.at[me.group];
       if constexpr (Kind::kGather) {
-        store_up<Kind>(p, maps, out, me, unit, total);
+        store_up<Kind>(p, maps, out, me, done, total);
       } else {
-        store_rows(p, maps, out, me, unit, total);
+        store_rows(p, maps, out, me, done, total);
       }
     }
   }
@@ -58,8 +69,9 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
 
 template <class Kind>
 __device__ void run_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared) {
-  // Together all that a multiprocessor has.
-  constexpr int kLoader = Kind::kLoaderRegisters, kMultiplier = (512 - kLoader) / 2 / 8 * 8;
+  // A block begins with 168 for each thread; who asks for more than others gave back waits for ever.
+  constexpr int kLoader = Kind::kLoaderRegisters, kMultiplier = (3 * 168 - kLoader) / 2;
+  static_assert(kLoader % 8 == 0 && kMultiplier % 8 == 0, "registers come in eights");
   const int rank = static_cast<int>(cluster_rank()), thread = threadIdx.x;
   if (thread == 0) make_barriers(shared);
   __syncthreads();

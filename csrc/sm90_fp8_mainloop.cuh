@@ -32,12 +32,12 @@ constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has as
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
   static constexpr bool kGather = false, kTransposed = false, kStrips = false, kColumnStrips = false;
-  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 32;
+  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kOutBytes = 32 * 1024, kLoaderRegisters = 40;
 };
 template <bool kClamp_>
 struct UpKind {
   static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false, kClamp = kClamp_;
-  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 48;
+  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 40;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
@@ -68,8 +68,15 @@ struct Tokens {
   float largest[4][kTile], product[4][kTile];  // by warp
 };
 
+// A number that all lanes of a warp have, and of which the compiler shall know it: there are registers and instructions
+// for such ones, beside those that the sums are short of.
+template <class T>
+__device__ __forceinline__ T uniform(T value) {
+  return __shfl_sync(0xffffffff, value, 0);
+}
+
 template <class T, int kCount>
-struct Array {
+struct alignas(16) Array {
   T at[kCount];
 };
 template <class T>
@@ -96,9 +103,9 @@ struct Ring {
   Address base;
   Operand first_a, first_b;
   __device__ Ring(Shared<Kind>& shared, int group)
-      : base(opaque(shared_address(&shared))),
-        first_a(opaque(operand(shared_address(shared.a) + group * (kOperandBytes / 2)))),
-        first_b(opaque(operand(shared_address(shared.b)))) {}
+      : base(uniform(opaque(shared_address(&shared)))),
+        first_a(operand(base + offsetof(Shared<Kind>, a) + group * (kOperandBytes / 2))),
+        first_b(operand(base + offsetof(Shared<Kind>, b))) {}
   __device__ Operand a(int s, int tile) const {
     return further(first_a, s * Shared<Kind>::kABytes + tile / Kind::kColumnTiles * kOperandBytes);
   }
@@ -123,26 +130,23 @@ struct Unit {
   bool alive;               // false for the spare block of a cluster at an edge: it works along and stores nothing
 };
 
-// All roles of a cluster walk through the same list: no messages, and the order of sums never changes.
-template <class Kind>
+// All roles of a cluster walk through the same list: no messages, and the order of sums never changes. It remembers
+// little and works out the rest: registers are dear. ``kWarps``: whole warps walk, and not one thread.
+template <class Kind, bool kWarps = true>
 class Units {
  public:
-  __device__ Units(const Fp8Gemm& p, int rank) : p_(p), rank_(rank), stride_(gridDim.x / 2), next_(blockIdx.x / 2) {
-    constexpr int kWide = Kind::kGather ? Kind::kColumnTiles : 2;
-    n_columns_ = (p.width / kTile + kWide - 1) / kWide;
-    open(0);
-  }
+  __device__ Units(const Fp8Gemm& p, int rank) : p_(p), rank_(rank), next_(blockIdx.x / 2) { open(0); }
 
   __device__ bool next(Unit& unit) {
-    while (next_ >= last_) {
+    while (next_ >= row_units() * column_units()) {
       if (expert_ + 1 == p_.n_experts) return false;
+      next_ -= row_units() * column_units();
       open(expert_ + 1);
     }
-    const int local = next_ - first_, group = local / (kGroup * n_columns_);
-    const int inside = local - group * kGroup * n_columns_;
-    const int size = min(n_row_units_ - group * kGroup, kGroup);
+    const int group = next_ / (kGroup * column_units()), inside = next_ - group * kGroup * column_units();
+    const int size = min(row_units() - group * kGroup, kGroup);
     const int row_unit = group * kGroup + inside % size, column_unit = inside / size;
-    next_ += stride_;
+    next_ += gridDim.x / 2;
     unit.expert = expert_;
     unit.first_step = 0;
     unit.steps = p_.depth / kTile;
@@ -150,7 +154,7 @@ class Units {
     if constexpr (Kind::kGather) {
       row = 2 * row_unit + rank_;
       column = Kind::kColumnTiles * column_unit;
-      unit.alive = row < n_row_tiles_;
+      unit.alive = row < row_tiles();
       if (!unit.alive) --row;
     } else {
       column = 2 * column_unit + rank_;
@@ -158,7 +162,7 @@ class Units {
       if (!unit.alive) --column;
     }
     unit.column = column * kTile;
-    unit.row_tiles = Kind::kGather ? 1 : min(n_row_tiles_ - row * Kind::kRowTiles, Kind::kRowTiles);
+    unit.row_tiles = Kind::kGather ? 1 : min(row_tiles() - row * Kind::kRowTiles, Kind::kRowTiles);
     row *= Kind::kRowTiles;
     unit.row = begin_ + row * kTile;
     if constexpr (Kind::kStrips) {
@@ -170,21 +174,25 @@ class Units {
   }
 
  private:
+  // A unit is what a cluster makes: where tokens are gathered, its two blocks lie one below the other.
+  static constexpr int kHigh = Kind::kGather ? 2 : Kind::kRowTiles, kWide = Kind::kGather ? Kind::kColumnTiles : 2;
+
+  __device__ int row_tiles() const { return (Kind::kStrips ? p_.height : end_ - begin_) / kTile; }
+  __device__ int row_units() const { return (row_tiles() + kHigh - 1) / kHigh; }
+  __device__ int column_units() const { return (p_.width / kTile + kWide - 1) / kWide; }
+
   __device__ void open(int expert) {
     expert_ = expert;
     begin_ = p_.offset[expert];
     end_ = p_.offset[expert + 1];
-    n_row_tiles_ = (Kind::kStrips ? p_.height : end_ - begin_) / kTile;
-    // A unit is what a cluster makes; where tokens are gathered its two blocks lie one below the other.
-    constexpr int kHigh = Kind::kGather ? 2 : Kind::kRowTiles;
-    n_row_units_ = (n_row_tiles_ + kHigh - 1) / kHigh;
-    first_ = last_;
-    last_ = first_ + n_row_units_ * n_columns_;
+    if constexpr (kWarps) {
+      begin_ = uniform(begin_);
+      end_ = uniform(end_);
+    }
   }
 
   const Fp8Gemm& p_;
-  int rank_, stride_, next_, n_columns_;
-  int expert_, begin_, end_, n_row_tiles_, n_row_units_, first_ = 0, last_ = 0;
+  int rank_, next_, expert_, begin_, end_;  // next_: among the expert's units
 };
 
 // A place in the ring of stages, and how often it has come round.
@@ -221,7 +229,7 @@ __device__ void make_barriers(Shared<Kind>& shared) {
 template <class Kind>
 __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank) {
   constexpr int kHalfRows = Kind::kRowTiles * kTile / 2;
-  Units<Kind> units(p, rank);
+  Units<Kind, false> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
   while (units.next(unit)) {
@@ -321,7 +329,7 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
 // A thread's place in its warpgroup's part of the tile; see product_64x128x32.
 struct Lane {
   int group, warp, lane;
-  __device__ explicit Lane(int thread) : group(thread / 128), warp(thread % 128 / 32), lane(thread % 32) {}
+  __device__ explicit Lane(int thread) : group(uniform(thread / 128)), warp(uniform(thread % 128 / 32)), lane(thread % 32) {}
   __device__ int quad() const { return lane % 4; }
   __device__ int row() const { return warp * 16 + lane / 4; }     // and the row 8 further down
   __device__ int tile_row() const { return group * 64 + row(); }  // of the block's tile
@@ -412,7 +420,7 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
 // total [64,128] of this warpgroup in each of the unit's tiles.
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
-                                          Scales scales, float (&total)[kTiles<Kind>][64]) {
+                                          Scales& scales, float (&total)[kTiles<Kind>][64]) {
   // Where there is room, the scales of columns are in registers before the products are waited for.
   constexpr bool kEarly = Kind::kColumnStrips && kTiles<Kind> == 1, kLate = Kind::kColumnStrips && !kEarly;
 #pragma unroll

@@ -26,11 +26,11 @@ using std::min;
 struct Index {
   int x;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 
@@ -266,6 +266,10 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline float __shfl_sync(uint32_t, float value, int lane) {
   return __uint_as_float(static_cast<uint32_t>(emulator::exchange(__float_as_uint(value), lane)));
+}
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  return static_cast<T>(emulator::exchange(static_cast<uint64_t>(value), lane));
 }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {

@@ -29,6 +29,7 @@ def build(folder: Path):
         shutil.copy(source, folder)  # beside each other, so that the emulator's primitives are the ones included
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU does not forgive it either
     target = folder / f"{NAME}.so"
     command = ["g++", *flags, f"-DSONICMOE_MODULE_NAME={NAME}", *includes, "sm90_fp8_gemm.cpp", "emulator.cpp"]
     done = subprocess.run([*command, "-o", str(target)], cwd=folder, capture_output=True, text=True, timeout=300)
