@@ -421,8 +421,9 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
                                           Scales& scales, float (&total)[kTiles<Kind>][64]) {
-  // Where there is room, the scales of columns are in registers before the products are waited for.
-  constexpr bool kEarly = Kind::kColumnStrips && kTiles<Kind> == 1, kLate = Kind::kColumnStrips && !kEarly;
+  // Scales of columns are in registers before the products are waited for, as many pairs as there is room for.
+  constexpr int kPairs = !Kind::kColumnStrips ? 1 : kTiles<Kind> == 1 ? 16 : 8;
+  constexpr bool kLate = Kind::kColumnStrips && kPairs < 16;
 #pragma unroll
   for (int tile = 0; tile < kTiles<Kind>; ++tile) {
 #pragma unroll
@@ -431,7 +432,7 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   if (unit.steps == 0) return;
   const bool both = kTiles<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
   float part[64];
-  float2 row, column[kEarly ? 16 : 1];
+  float2 row, column[kPairs];
   auto begin = [&](int step, int tile) {
     const int s = stage.index;
     if (tile == 0) barrier_wait(ring.full(s), stage.round);
@@ -441,9 +442,9 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     if (me.lane == 0) barrier_arrive(ring.turn(1 - me.group));
     stage.turn ^= 1;
     row = scales.rows(step, tile, Kind::kStrips ? ring.a_strip(s) : 0);
-    if constexpr (kEarly) {
+    if constexpr (Kind::kColumnStrips) {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
+      for (int j = 0; j < kPairs; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
     }
   };
   auto finish = [&](int tile, bool last) {
@@ -454,8 +455,11 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       float2 by = make_float2(1.0f, 1.0f);
-      if constexpr (kEarly) by = column[j];
-      if constexpr (kLate) by = load_two(ring.b_strip(stage.index) + me.quad() * 8 + j * 32);
+      if constexpr (Kind::kColumnStrips) {
+        by = column[j % kPairs];
+        const int next = j + kPairs;
+        if (next < 16) column[j % kPairs] = load_two(ring.b_strip(stage.index) + me.quad() * 8 + next * 32);
+      }
       sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
       sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);
       sum[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, sum[4 * j + 2]);
