@@ -50,7 +50,7 @@ def problem(t, h, i, e, k):
     xq, doutq = (api.quantize_rows(rows, plan.recipe) for rows in (x, dout))
     z, a = sm90_fp8.up_projection(xq, weights, routing, plan, need_a=True)
     kept = naive.QuantTensor(z.data.clone(), z.scale.clone(), z.block)
-    dz, pa, _ = sm90_fp8.down_projection_backward(doutq, kept, weights, routing, plan, need_wgrad=True, out=z)
+    dz, pa, _ = sm90_fp8.down_projection_backward(doutq, kept, weights, routing, plan, need_wgrad=True, out=(z, None))
     x_t, dout_t = (sm90_fp8.TokenMajor(*triton_quantize.quantize_tokens(rows, routing)) for rows in (x, dout))
     return SimpleNamespace(**locals())
 
@@ -86,7 +86,8 @@ def cases(p):
 
     def down_backward():
         # Beside z, not over it: this is done again and again.
-        return sm90_fp8.down_projection_backward(p.doutq, p.kept, weights, routing, plan, need_wgrad=True, out=p.z)
+        places = {"need_wgrad": True, "out": (p.z, None)}
+        return sm90_fp8.down_projection_backward(p.doutq, p.kept, weights, routing, plan, **places)
 
     def wanted_pa():
         scores = routing.scores[routing.s_scatter_idx[lo:hi].long()]

@@ -93,6 +93,7 @@ struct Inputs {
 struct Outputs {
   uintptr_t expert_offset, x_gather, s_scatter, s_reverse, slot_offset, scores, score_src;
   int32_t n_slots, n_rows;
+  bool bounded;
   void into(TopkProblem& p) const {
     p.expert_offset = pointer<int32_t>(expert_offset);
     p.x_gather_idx = pointer<int32_t>(x_gather);
@@ -103,6 +104,7 @@ struct Outputs {
     p.score_src_idx = pointer<int32_t>(score_src);
     p.n_slots = n_slots;
     p.n_rows = n_rows;
+    p.bounded = bounded;
   }
 };
 
@@ -129,7 +131,12 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
            py::arg("block"));
   py::class_<Outputs>(m, "Outputs")
       .def(py::init([](uintptr_t eo, uintptr_t xg, uintptr_t ss, uintptr_t sr, uintptr_t so, uintptr_t sc, uintptr_t si,
-                       int32_t n_slots, int32_t n_rows) { return Outputs{eo, xg, ss, sr, so, sc, si, n_slots, n_rows}; }));
+                       int32_t n_slots, int32_t n_rows, bool bounded) {
+             return Outputs{eo, xg, ss, sr, so, sc, si, n_slots, n_rows, bounded};
+           }),
+           py::arg("expert_offset"), py::arg("x_gather"), py::arg("s_scatter"), py::arg("s_reverse"),
+           py::arg("slot_offset"), py::arg("scores"), py::arg("score_src"), py::arg("n_slots"), py::arg("n_rows"),
+           py::arg("bounded") = false);
 
   // (S, M) of host counts; a Python loop over many experts would cost as much as the launches.
   m.def("sizes", [](const py::list& counts, int32_t block) {

@@ -154,7 +154,7 @@ struct Shared {
   Sums<1> sums_of_tile[kWarps];
   Sums<3> sums_of_all[kWarps];
   int32_t compact;  // valid slots before this run
-  int32_t good;     // the caller's counts are right
+  int32_t good, rows;  // the caller's counts are right; of all experts
 };
 enum Table { kCount, kHere, kBase, kTotal, kEarlier, kPadRow, kPadNumber, kTables };
 
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
       const int my_rows = static_cast<int>((my_slots + p.block - 1) / task.block) * p.block;
       Sums<3> at{my_rows, my_slots, my_earlier};
       const Sums<3> all = sum_experts(at, shared.sums_of_all, experts);
-      const bool good = all.of[0] == p.n_rows && all.of[1] == p.n_slots;
+      const bool fits = p.bounded ? all.of[0] <= p.n_rows : all.of[0] == p.n_rows, good = fits && all.of[1] == p.n_slots;
       if (has && good) {
         pad_row[e] = at.of[0] + my_slots;
         pad_number[e] = at.of[0] - at.of[1];
@@ -404,6 +404,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
       if (e == 0) {
         shared.good = good;
         shared.compact = all.of[2];
+        shared.rows = all.of[0];
         if (blockIdx.x == 0) {
           if (!good) reject(p, all.of[1], all.of[0]);
           p.expert_offset[experts] = all.of[0];
@@ -419,16 +420,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     compact += valid;
   }
 
-  // Pads, experts dealt out over the blocks.
+  // Pads, experts dealt out over the blocks. Behind the last expert's rows lie those that nobody needed.
 #pragma unroll 1
-  for (int other = blockIdx.x; other < experts; other += task.cut.runs) {
-    const int pads = padded(total[other], p.block) - total[other];
+  for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {
+    const bool behind = other == experts;
+    const int pads = behind ? p.n_rows - shared.rows : padded(total[other], p.block) - total[other];
+    const int row = behind ? shared.rows : pad_row[other], number = behind ? row - p.n_slots : pad_number[other];
 #pragma unroll 1
-    for (int j = e; j < pads; j += kThreads) place_pad(p, pad_number[other] + j, pad_row[other] + j);
-#pragma unroll 1
-    for (int j = warp_id(); j < pads && task.scales.words; j += kWarps) {
-      copy_scale_row(task.scales, 0, pad_row[other] + j);
-    }
+    for (int j = e; j < pads; j += kThreads) place_pad(p, number + j, row + j);
+    for (int j = warp_id(); j < pads && task.scales.words; j += kWarps) copy_scale_row(task.scales, 0, row + j);
   }
 }
 

@@ -30,7 +30,8 @@ struct TopkProblem {
   int32_t n_experts;     // E
   int32_t block;         // rows that a non-empty expert is filled to a multiple of
   int32_t n_slots;       // S, by the caller's counts
-  int32_t n_rows;        // M, by the caller's counts
+  int32_t n_rows;        // M, by the caller's counts; or the most that there can be
+  bool bounded;          // the latter: rows behind the last segment are pads too (device only)
   int32_t* expert_offset;          // [E+1]
   int32_t* x_gather_idx;           // [M]
   int32_t* s_scatter_idx;          // [M]

@@ -216,7 +216,8 @@ def runner(part, monkeypatch, tmp_path):
             provider = dataclasses.replace(moe.PROVIDERS[name], command=(sys.executable, str(script)), env=env)
             monkeypatch.setitem(moe.PROVIDERS, name, provider)
         sizes = [word for shape in shapes for word in ("--shape", shape)]
-        return moe.main([*sizes, "--peer-site", str(tmp_path), "--rounds", "3", *options])
+        both = ["--providers", f"{OURS},{PEER}"]
+        return moe.main([*sizes, "--peer-site", str(tmp_path), "--rounds", "3", *both, *options])
 
     return run
 
@@ -422,7 +423,7 @@ def test_two_real_workers_without_a_gpu(part, monkeypatch, tmp_path, capsys):
         }
         monkeypatch.setitem(moe.PROVIDERS, name, dataclasses.replace(moe.PROVIDERS[name], **changes))
     options = ["--peer-site", str(tmp_path), "--shape", "64,32,16,4,2", "--rounds", "2", "--seconds", "0.01"]
-    assert moe.main([*options, "--csv", str(path)]) == 0, capsys.readouterr().out
+    assert moe.main([*options, "--providers", f"{OURS},{PEER}", "--csv", str(path)]) == 0, capsys.readouterr().out
     rows = stored(path)
     assert len(rows) == 6 and capsys.readouterr().out.count("times as fast as sonic-moe") == 6
     assert all(

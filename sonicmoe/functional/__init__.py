@@ -4,6 +4,8 @@ Loads no framework: what needs torch is loaded when it is first asked for. ``for
 raw functions, one projection a call.
 """
 
+import sys
+
 from .. import lazy
 from ..wgrad_deferral import set_wgrad_deferral_hook
 from .utils import enable_fp8, enable_quack_gemm
@@ -20,7 +22,11 @@ def __getattr__(name):
 
 
 def clear_all_fp8_weight_caches() -> None:
-    """Kept for callers that reset between runs: there is no cache outside the nodes, so nothing can be left over.
+    """Drop the FP8 copies that the torch layers keep beside their weights. The next forward makes them again; a CUDA
+    graph that was captured with them must be captured again.
 
     A node's own copies go with ``node.release_fp8_weights()`` or ``node.step()``.
     """
+    loaded = sys.modules.get(f"{__name__}.fp8_weights")
+    if loaded is not None:
+        loaded.clear()

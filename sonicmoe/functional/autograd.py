@@ -19,9 +19,9 @@ from ..expert_mlp import ExpertWeights, GradBuffers, QuantTensor, Saved
 from ..expert_mlp import backward as engine_backward
 from ..expert_mlp import forward as engine_forward
 from ..gemm.plan import Plan
-from ..quant.api import quantize_weights
 from ..routing.metadata import Routing
 from ..wgrad_deferral import offer_wgrad
+from .fp8_weights import fp8_weights
 from .streams import without_autocast
 
 # Two threads may run backwards through the same weights.
@@ -46,11 +46,13 @@ class _Experts(torch.autograd.Function):
         ctx.owner1 = w1 if main_grad_of("w1", w1) is not None else None
         ctx.owner2 = w2 if main_grad_of("w2", w2) is not None else None
         with without_autocast(x):
-            out, saved = engine_forward(x, routing, _engine_weights(w1, w2, plan), plan)
+            weights = _engine_weights(w1, w2, plan)
+            out, saved = engine_forward(x, routing, weights, plan)
         z_parts, ctx.z_block = _apart(saved.z)
         # Weights as given: copies of them in another type are made again by backward and not kept in between.
         ctx.save_for_backward(x, w1, w2, *z_parts)
         ctx.routing, ctx.plan, ctx.scores_dtype = routing, plan, scores.dtype
+        ctx.fp8_weights = weights if weights.fp8 is not None else None
         ctx.z_turns = iter((True,))
         return out
 
@@ -64,7 +66,8 @@ class _Experts(torch.autograd.Function):
         if next(ctx.z_turns, False):
             z = _together(z_parts, ctx.z_block)
         with without_autocast(x):
-            saved = Saved(x=x, z=z, routing=ctx.routing, weights=_engine_weights(w1, w2, plan), plan=plan)
+            weights = ctx.fp8_weights or _engine_weights(w1, w2, plan)
+            saved = Saved(x=x, z=z, routing=ctx.routing, weights=weights, plan=plan)
             z = z_parts = None  # the engine's alone now
             dw2 = None
 
@@ -84,12 +87,11 @@ class _Experts(torch.autograd.Function):
 
 def _engine_weights(w1, w2, plan: Plan) -> ExpertWeights:
     storage = getattr(torch, plan.storage)
-    w1, w2 = w1.detach().to(storage), w2.detach().to(storage)
+    w1, w2 = (w if w.dtype == storage else w.detach().to(storage) for w in (w1, w2))
     hidden, intermediate = int(w2.shape[1]), int(w2.shape[2])
     if plan.recipe is None:
-        return ExpertWeights(w1, w2, None, hidden, intermediate)
-    fp8 = quantize_weights(w1, w2, plan.recipe, plan.backend)
-    return ExpertWeights(None, None, fp8, hidden, intermediate)
+        return ExpertWeights(w1.detach(), w2.detach(), None, hidden, intermediate)
+    return ExpertWeights(None, None, fp8_weights(w1, w2, plan), hidden, intermediate)
 
 
 def _apart(z):

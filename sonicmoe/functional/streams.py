@@ -41,6 +41,25 @@ def on_stream(stream_id, tensor):
     outside.wait_stream(inside)
 
 
+class InTurns:
+    """Memory that calls on several streams write: each one's writing begins after the last one's."""
+
+    def __init__(self):
+        self.handle = self.event = None
+
+    @contextmanager
+    def of(self, tensor):
+        """Write in the block, on the current stream of the tensor's device."""
+        here, handle = torch.cuda.current_stream(tensor.device), current_stream(tensor)
+        # A graph that is being captured can wait for nothing outside it; whoever captures has synchronized before.
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self.handle not in (None, handle) and not capturing:
+            here.wait_event(self.event)
+        yield
+        if not capturing:
+            self.handle, self.event = handle, here.record_event(self.event)
+
+
 def plan_for(x, activation, config, x_name: str = "x") -> Plan:
     """A plan for rows like ``x``."""
     checks.require_dtype(x_name, x, checks.FLOAT_DTYPES)

@@ -74,18 +74,22 @@ def _plan(config, kind: ActivationType, storage: str, device: str, arch: str | N
         recompute_z=recipe is not None and config.fp8_recompute_z,
         stagewise=config.stagewise,
         device=device,
-        backend=_backend(config, recipe, storage, device, arch),
+        backend=_backend(config, recipe, kind, storage, device, arch),
         cache_dir=config.cache_dir,
     )
 
 
-def _backend(config, recipe, storage: str, device: str, arch: str | None) -> str:
+def _backend(config, recipe, activation, storage: str, device: str, arch: str | None) -> str:
     if device == "cpu" or config.backend == "naive":
         return "naive"
-    if arch == "sm_90a" and recipe is None and storage != "float32":
-        return "sm90_bf16"
-    kind = storage if recipe is None else f"FP8 ({recipe.name})"
+    if arch == "sm_90a" and storage != "float32":
+        if recipe is None:
+            return "sm90_bf16"
+        if recipe.name == "sm90" and activation is ActivationType.SWIGLU:
+            return "sm90_fp8"
+    kind = storage if recipe is None else f"FP8 ({recipe.name}) with {activation.value}"
     raise ValueError(
         f"device: got {device}{f' ({arch})' if arch else ''}, and this version has no kernels for {kind} there; set "
-        "backend='naive' in SonicMoEConfig to run the reference engine, or use bfloat16 or float16 on Hopper"
+        "backend='naive' in SonicMoEConfig to run the reference engine, or use bfloat16 or float16 on Hopper, "
+        "under FP8 with swiglu and the sm90 recipe"
     )

@@ -137,7 +137,7 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
 
 def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
     """dz by row takes z's place, if no other is given. What wgrad reads is a by-product, needed or not."""
-    rows = z if out is None else out
+    rows = z if out is None else out[0]
     width, like, n_rows = weights.intermediate_size, z.data, routing.n_rows
     parts = _floats([n_rows, width // 64], like)
     if plan.fp8_wgrad:

@@ -9,9 +9,9 @@ from . import naive
 from .formats import QuantTensor, QuantWeights, Recipe
 
 if find_spec("triton") is not None:
-    from . import triton_quantize
+    from . import triton_fingerprint, triton_quantize
 else:
-    triton_quantize = None
+    triton_fingerprint = triton_quantize = None
 
 
 def _compiled(tensor, recipe: Recipe, backend: str):
@@ -35,11 +35,40 @@ def quantize_weights(w1_EFH, w2_EHI, recipe: Recipe, backend: str = "auto") -> Q
     compiled = _compiled(w1_EFH, recipe, backend)
     if compiled is None:
         return naive.quantize_weights(w1_EFH, w2_EHI, recipe)
+    return _together(*(compiled.quantize_weight(w, recipe.pow2) for w in (w1_EFH, w2_EHI)), recipe)
 
-    def both(w):
-        data, scale, data_t, scale_t = compiled.quantize_weight(w, recipe.pow2)
+
+def _together(first, second, recipe: Recipe) -> QuantWeights:
+    def both(data, scale, data_t, scale_t):
         return QuantTensor(data, scale, recipe.weight_block), QuantTensor(data_t, scale_t, recipe.weight_block)
 
-    w1, w1_t = both(w1_EFH)
-    w2, w2_t = both(w2_EHI)
+    (w1, w1_t), (w2, w2_t) = both(*first), both(*second)
     return QuantWeights(w1=w1, w2=w2, w1_t=w1_t, w2_t=w2_t)
+
+
+class WeightCopies:
+    """FP8 copies of one layer's weights, on a GPU that has the kernels. They are made again where the weights' bytes
+    have changed, however that came about; the device finds out, and nobody waits for the answer."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._state = self._table = self._made = None
+
+    @staticmethod
+    def can_hold(w1_EFH, w2_EHI, recipe: Recipe, backend: str) -> bool:
+        if _compiled(w1_EFH, recipe, backend) is None:
+            return False
+        return all(w.is_contiguous() and checks.dtype_name(w) != "float32" for w in (w1_EFH, w2_EHI))
+
+    def current(self, w1_EFH, w2_EHI) -> QuantWeights:
+        """This moment's weights, the same tensors' at each call, on the current stream."""
+        weights = (w1_EFH, w2_EHI)
+        found = triton_fingerprint.fingerprint(weights, self._state, self._table, in_place=self._state is not None)
+        self._state, self._table = found.state, found.table
+        made = self._made or (None, None)
+        flags = [found.changed[number : number + 1] for number in (0, 1)]
+        self._made = tuple(
+            triton_quantize.quantize_weight(w, self.recipe.pow2, into, flag)
+            for w, into, flag in zip(weights, made, flags, strict=True)
+        )
+        return _together(*self._made, self.recipe)

@@ -162,10 +162,11 @@ class Fingerprint(NamedTuple):
     table: Table  # likewise; made anew whenever a tensor has moved
 
 
-def fingerprint(tensors, previous=None, table: Table | None = None) -> Fingerprint:
+def fingerprint(tensors, previous=None, table: Table | None = None, in_place: bool = False) -> Fingerprint:
     """Hash each of the contiguous ``tensors`` (all on one device) and compare with ``previous``, an earlier call's
     ``state``; without one, or with zeros, all have changed. ``table`` of the earlier call saves the one copy to the
-    device, as long as the tensors lie where they lay."""
+    device, as long as the tensors lie where they lay. ``in_place``: ``previous`` takes the new state, which is what a
+    captured CUDA graph needs to compare with the replay before it and not with the moment of its capture."""
     places = _places(tensors)
     device = tensors[0].device
     if table is None or table.places != places:
@@ -173,7 +174,7 @@ def fingerprint(tensors, previous=None, table: Table | None = None) -> Fingerpri
     n = len(places)
     if previous is None:
         previous = torch.zeros([n, 2], dtype=torch.int64, device=device)
-    state = torch.empty([n, 2], dtype=torch.int64, device=device)
+    state = previous if in_place else torch.empty([n, 2], dtype=torch.int64, device=device)
     changed = torch.empty([n], dtype=torch.int32, device=device)
     parts = torch.empty([max(1, table.n_parts), 2], dtype=torch.int64, device=device)
     if table.n_parts:

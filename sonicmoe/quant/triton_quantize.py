@@ -92,9 +92,12 @@ def quantize_rows(x_TC, pow2: bool = False):
     return data, scale
 
 
-@triton.jit
-def _quantize_weight(w, data, scale, data_t, scale_t, R: tl.constexpr, C: tl.constexpr, POW2: tl.constexpr):
-    """One block of 128 x 128, whose bytes go to both orientations."""
+@triton.jit(do_not_specialize_on_alignment=["changed"])
+def _quantize_weight(w, data, scale, data_t, scale_t, changed, R: tl.constexpr, C: tl.constexpr, POW2: tl.constexpr):
+    """One block of 128 x 128, whose bytes go to both orientations. Nothing is done where ``changed`` is 0."""
+    if changed is not None:
+        if tl.load(changed) == 0:
+            return
     columns: tl.constexpr = C // _G
     rows: tl.constexpr = R // _G
     block_column = tl.program_id(0) % columns
@@ -119,9 +122,13 @@ def _quantize_weight(w, data, scale, data_t, scale_t, R: tl.constexpr, C: tl.con
     tl.store(words + at, tl.trans(_words(values, inverse)))
 
 
-def quantize_weight(w_ERC, pow2: bool = False):
+def quantize_weight(w_ERC, pow2: bool = False, into=None, changed=None):
     """(data [E,R,C] e4m3, scale [E,R/128,C/128] float32, data_t [E,C,R], scale_t [E,C/128,R/128]) of bf16, fp16 or
-    fp32 weights, from one read."""
+    fp32 weights, from one read.
+
+    ``into`` is what an earlier call gave, to be written again; with ``changed``, one int32 on the device, only where
+    that is not 0.
+    """
     _check("w", w_ERC, 3, "[E, R, C]")
     n_experts, n_rows, n_columns = checks.shape_of(w_ERC)
     rows, columns = n_rows // _GROUP, n_columns // _GROUP
@@ -129,13 +136,14 @@ def quantize_weight(w_ERC, pow2: bool = False):
     def room(dtype, *size):
         return torch.empty([n_experts, *size], dtype=dtype, device=w_ERC.device)
 
-    data, scale = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
-    data_t, scale_t = room(torch.float8_e4m3fn, n_columns, n_rows), room(torch.float32, columns, rows)
+    if into is None:
+        plain = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
+        into = (*plain, room(torch.float8_e4m3fn, n_columns, n_rows), room(torch.float32, columns, rows))
     n_blocks = n_experts * rows * columns
     if n_blocks:
-        operands = (w_ERC.contiguous(), data, scale, data_t, scale_t)
+        operands = (w_ERC.contiguous(), *into, changed)
         launch(_quantize_weight, n_blocks, operands, {"R": n_rows, "C": n_columns, "POW2": pow2}, num_warps=8)
-    return data, scale, data_t, scale_t
+    return into
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])

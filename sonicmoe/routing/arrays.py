@@ -1,5 +1,7 @@
 """Room for routing metadata: what every compiled backend allocates before it launches."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..launch import address, cut
@@ -37,8 +39,23 @@ class Arrays:
         self.addresses = offset_at, gather_at, scatter_at, reverse_at, slot_offset_at, scores_at, source_at
 
 
-def sizes(counts: list[int], block: int) -> tuple[int, int]:
+class Bound(NamedTuple):
+    """In the place of counts: S slots in all, of which nobody knows yet how they fall on the experts. Arrays are then
+    made for the most rows that there can be, and those behind the last segment are pads."""
+
+    n_slots: int
+    n_rows: int
+
+
+def bound(n_slots: int, n_experts: int, block: int) -> Bound:
+    # Each expert that has a slot is filled up with at most block - 1 rows.
+    return Bound(n_slots, (n_slots + min(n_experts, n_slots) * (block - 1)) // block * block)
+
+
+def sizes(counts: list[int] | Bound, block: int) -> tuple[int, int]:
     """(S, M): slots, and rows with every segment filled to a multiple of ``block``."""
+    if isinstance(counts, Bound):
+        return counts
     return sum(counts), sum([-(-count // block) * block for count in counts])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import SonicMoEConfig
 from . import backends
+from .arrays import bound
 
 # csrc/deepep_topk_metadata.h has the same two: what one backend cannot do, none does.
 MAX_EXPERTS = 1024
@@ -56,8 +57,8 @@ def build(
 
     ``counts`` are the dispatcher's real tokens per expert. They size the arrays, so counts that the indices do not
     have are an error: here on the CPU, on a GPU a message and a stopped device. ``scales`` [T, words] of 4-byte words
-    come back in sorted order. ``all_valid`` promises that every id is an expert: with ``block`` 1 the sizes are then
-    those of ``indices``, and no counts are needed to wait for nothing.
+    come back in sorted order. ``all_valid`` promises that every id is an expert: without counts the compiled backends
+    then make arrays for the most rows that there can be, and wait for nothing.
     """
     n_tokens, n_topk = int(indices.shape[0]), int(indices.shape[1])
     if n_tokens * n_topk >= 2**31 or n_topk > MAX_TOPK:
@@ -69,9 +70,8 @@ def build(
     if block < 1:
         raise ValueError(f"block: got {block}, need at least 1")
     sizing = counts
-    if all_valid and counts is None and block == 1:
-        # Where counts are not found anew, only their sum is looked at.
-        sizing = [n_tokens * n_topk, *[0] * (n_experts - 1)]
+    if all_valid and counts is None:
+        sizing = bound(n_tokens * n_topk, n_experts, block)
     backend, arrays = backends.build(indices, probs, n_experts, block, config, sizing, scales, index_name)
     found = arrays.pop("counts")
     if all_valid and found is not None and sum(found) != n_tokens * n_topk:

@@ -9,7 +9,7 @@ import torch
 
 from .. import checks, jit
 from ..launch import address, arch, current_stream
-from .arrays import Arrays, counts_on_host
+from .arrays import Arrays, Bound, counts_on_host
 
 _NAME = "deepep_topk_metadata"
 _HEADERS = (f"{_NAME}.h",)
@@ -47,12 +47,14 @@ def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
 
 def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, scales=None) -> dict:
     """The same on a GPU: one launch on the current stream. Counts from the host cost no wait; without them the ids
-    are counted first, which waits once. A count that the ids do not have stops the device with a message."""
+    are counted first, which waits once; a ``Bound`` says how much room there is to be. A count that the ids do not
+    have stops the device with a message."""
     module = _module(arch(indices), cache_dir)
     indices, probs = indices.contiguous(), probs.contiguous()
     n_tokens, n_topk = indices.shape
     counts = counts_on_host(indices, n_experts) if counts is None else counts
-    n_slots, n_rows = module.sizes(counts, block)
+    bounded = isinstance(counts, Bound)
+    n_slots, n_rows = counts if bounded else module.sizes(counts, block)
     arrays = Arrays(indices, n_tokens, n_experts, n_slots, n_rows, module.workspace_words(n_experts))
     source, target, words = _scale_rows(scales, n_rows)
     if n_tokens * n_topk == 0:
@@ -60,7 +62,7 @@ def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
         arrays.views["slot_offset"].zero_()
     module.launch(
         _inputs(module, indices, probs, n_experts, block),
-        module.Outputs(*arrays.addresses, n_slots, n_rows),
+        module.Outputs(*arrays.addresses, n_slots, n_rows, bounded),
         address(source),
         address(target),
         words,

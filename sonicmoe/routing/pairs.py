@@ -16,7 +16,7 @@ def order_by_token(tokens):
 
 def build(tokens, experts, scores, n_tokens: int, n_experts: int, block: int, config: SonicMoEConfig) -> Routing:
     """Metadata for S slots, each [S] and ordered by token: ``tokens`` and ``experts`` (int32 or int64, 0 <= token < T,
-    0 <= expert < E), ``scores`` float32. Waits for nothing where ``block`` is 1.
+    0 <= expert < E), ``scores`` float32. Waits for nothing.
     """
     n_slots = int(tokens.shape[0])
     # Each slot as a row of its own with one expert: sorted rows and compact slots are then those of the list.

@@ -51,9 +51,10 @@ def _sum_tiles(tile_count, totals, n_tiles, CHUNK: tl.constexpr):
 @triton.jit
 def _place_experts(
     totals, expert_offset, x_gather, s_scatter, scores,
-    n_experts, n_valid, block, BINS: tl.constexpr, PADS: tl.constexpr,
+    n_experts, n_valid, n_rows, block, BINS: tl.constexpr, PADS: tl.constexpr,
 ):  # fmt: skip
-    """Padded starts of all experts (program 0 writes them), and the pad rows of this program's expert."""
+    """Padded starts of all experts (program 0 writes them), and the pad rows of this program's expert. One program more
+    has the rows behind the last segment, if the arrays were made for more than there are."""
     mine = tl.program_id(0)
     e = tl.arange(0, BINS)
     total = tl.load(totals + e, mask=e < n_experts, other=0)
@@ -64,6 +65,8 @@ def _place_experts(
     my_total = tl.sum(tl.where(e == mine, total, 0))
     my_padded = tl.sum(tl.where(e == mine, padded, 0))
     my_start = tl.sum(tl.where(e < mine, padded, 0))
+    if mine == n_experts:
+        my_padded = n_rows - my_start
     pads_before = my_start - tl.sum(tl.where(e < mine, total, 0))
     for first in range(0, my_padded - my_total, PADS):
         j = first + tl.arange(0, PADS)
@@ -123,7 +126,7 @@ def build(indices, probs, n_experts: int, block: int, counts, cache_dir=None, sc
         totals, tile_count = arrays.workspace[: n_experts + 1], arrays.workspace[n_experts + 1 :]
         _count_tiles[(n_tiles,)](indices, tile_count, total, n_experts, n_tiles, BINS=bins, TILE=_TILE)
         _sum_tiles[(n_experts + 1,)](tile_count, totals, n_tiles, CHUNK=1024)
-        _place_experts[(n_experts,)](
+        _place_experts[(n_experts + 1,)](
             totals,
             views["expert_offset"],
             views["x_gather_idx"],
@@ -131,6 +134,7 @@ def build(indices, probs, n_experts: int, block: int, counts, cache_dir=None, sc
             views["scores"],
             n_experts,
             n_slots,
+            n_rows,
             block,
             BINS=bins,
             PADS=128,

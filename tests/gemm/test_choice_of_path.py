@@ -12,7 +12,7 @@ pytestmark = pytest.mark.torch
 if torch:
     from sonicmoe import SonicMoEConfig, expert_mlp
     from sonicmoe.functional.autograd import apply_experts
-    from sonicmoe.gemm import api, naive, sm90_bf16
+    from sonicmoe.gemm import api, naive, sm90_bf16, sm90_fp8
     from sonicmoe.gemm.api import ExpertWeights, GradBuffers
     from sonicmoe.gemm.plan import make_plan
     from sonicmoe.gemm.tile_table import TILES
@@ -36,6 +36,8 @@ NAMES = ("out", "dx", "ds", "dw1", "dw2")
     [
         ("cuda", "sm_90a", "bfloat16", {}, "sm90_bf16"),
         ("cuda", "sm_90a", "float16", {}, "sm90_bf16"),
+        ("cuda", "sm_90a", "bfloat16", {"fp8_mode": "perf"}, "sm90_fp8"),
+        ("cuda", "sm_90a", "float16", {"fp8_mode": "mem", "swiglu_clamp": 7.0}, "sm90_fp8"),
         ("cuda", "sm_90a", "bfloat16", {"backend": "naive"}, "naive"),
         ("cuda", "sm_90a", "float32", {"backend": "naive"}, "naive"),
         ("cuda", "sm_80", "bfloat16", {"backend": "naive"}, "naive"),
@@ -48,7 +50,7 @@ NAMES = ("out", "dx", "ds", "dw1", "dw2")
 def test_backend_by_arch_type_and_setting(device, arch, storage, settings, backend):
     plan = make_plan(SonicMoEConfig(**settings), "swiglu", storage=storage, device=device, arch=arch)
     assert plan.backend == backend and plan.path.startswith(f"{device}/{backend}/")
-    assert api.stages(plan) is (sm90_bf16 if backend == "sm90_bf16" else naive)
+    assert api.stages(plan) is {"sm90_bf16": sm90_bf16, "sm90_fp8": sm90_fp8, "naive": naive}[backend]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,7 @@ def test_backend_by_arch_type_and_setting(device, arch, storage, settings, backe
         ("sm_90a", "float32", {}, r"got cuda \(sm_90a\), and this version has no kernels for float32"),
         ("sm_80", "bfloat16", {}, r"got cuda \(sm_80\), and this version has no kernels for bfloat16"),
         ("sm_90a", "bfloat16", {"fp8_mode": "perf", "fp8_recipe": "sm100"}, r"no kernels for FP8 \(sm100\)"),
+        ("sm_80", "bfloat16", {"fp8_mode": "perf"}, r"no kernels for FP8 \(sm90\)"),
         (None, "bfloat16", {}, "got cuda, and this version has no kernels for bfloat16"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sonicmoe import SonicMoEConfig, jit
-from sonicmoe.routing import metadata, naive, native
+from sonicmoe.routing import arrays, metadata, naive, native
 from tests.support import children
 from tests.workers.jit_routings import ARRAYS, KINDS, distinct, draw, elsewhere, holes, skewed, uniform
 
@@ -36,6 +36,7 @@ def build(cache_dir):
         config = SonicMoEConfig(metadata_backend=backend, cache_dir=cache_dir, **settings)
         return metadata.build(*given[:2], n_experts, block, config, counts, given[2])
 
+    build.cache_dir = cache_dir
     return build
 
 
@@ -87,6 +88,36 @@ def test_random_routings(build, seed):
         found = build(indices, probs, n_experts, block, counts, scales)
         assert found.backend == "cuda"
         require_same(wanted, found, about)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_room_for_the_most_rows(build, rng, backend, block):
+    """Without counts, where all ids are experts: those of the counts, and pads behind them."""
+    for n_tokens, n_topk, n_experts in (
+        (0, 2, 4),
+        (1, 1, 8),
+        (129, 3, 5),
+        (4100, 8, 33),
+        (8192, 8, 128),
+        (700, 2, 1024),
+    ):
+        indices, probs, scales = draw(
+            rng, n_tokens, n_topk, n_experts, np.int32, distinct if n_experts > 8 else uniform
+        )
+        wanted = definition(indices, probs, n_experts, block, scales)
+        given = [torch.as_tensor(values).to(GPU) for values in (indices, probs, scales)]
+        config = SonicMoEConfig(metadata_backend=backend, cache_dir=build.cache_dir)
+        found = metadata.build(*given[:2], n_experts, block, config, None, given[2], all_valid=True)
+        rows, n_slots = len(wanted["x_gather_idx"]), n_tokens * n_topk
+        more = torch.arange(rows, found.n_rows, dtype=torch.int32)
+        assert (found.n_slots, found.n_rows) == arrays.bound(n_slots, n_experts, block) and found.n_rows >= rows
+        pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0.0 * more}
+        if wanted["sorted_scales"] is not None and n_tokens:
+            pads["sorted_scales"] = torch.as_tensor(scales)[:1].expand(len(more), -1)
+        require_same({name: torch.cat([wanted[name], value]) for name, value in pads.items()} | {
+            name: value for name, value in wanted.items() if name not in pads
+        }, found, f"{backend} {n_tokens} {n_topk} {n_experts}")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

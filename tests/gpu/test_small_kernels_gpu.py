@@ -48,6 +48,7 @@ def test_quantizers_at_size():
     kinds = ("ordinary", "holes", "ties")
     assert quantizers.check_quantize_rows(GPU, [(4096, 3072), (777, 7168)], kinds) == []
     assert quantizers.check_quantize_weight(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
+    assert quantizers.check_weight_copies(GPU) == []
     routings = [(n_tokens, k, n_experts, kind) for n_tokens, k, n_experts, _, kind in LARGE]
     assert quantizers.check_quantize_tokens(GPU, (1536, 640), routings, kinds) == []
     assert quantizers.check_quantize_tokens_of_fp8(GPU, (1536, 640), routings, kinds) == []

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.torch
 CHECKS = (
     "check_quantize_rows",
     "check_quantize_weight",
+    "check_weight_copies",
     "check_quantize_tokens",
     "check_quantize_tokens_of_fp8",
     "check_choice",

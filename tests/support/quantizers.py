@@ -247,8 +247,41 @@ def check_choice(device):
     return found
 
 
+@in_gpu_arithmetic
+def check_weight_copies(device):
+    """Copies follow the bytes of each weight, in their own memory, and what has not changed is not written."""
+    generator, recipe, found = torch.Generator().manual_seed(0), make_recipe("sm90"), []
+    w1, w2 = (
+        torch.randn(*shape, generator=generator).bfloat16().to(device) for shape in ((2, 256, 128), (2, 128, 128))
+    )
+    first, copies = w1.clone(), api.WeightCopies(recipe)
+
+    def require(about, spoilt=()):
+        made, wanted = copies.current(w1, w2), naive.quantize_weights(w1, w2, recipe)
+        for name in ("w1", "w2", "w1_t", "w2_t"):
+            one, other = getattr(made, name), getattr(wanted, name)
+            right = differences(name, (one.data, one.scale), (other.data, other.scale)) == []
+            if right == (name[:2] in spoilt):
+                found.append(f"{about}: {name} {'was written' if right else 'is wrong'}")
+        return made
+
+    made = require("first")
+    made.w1.data.view(torch.uint8).fill_(1)
+    made.w1_t.scale.fill_(3.0)
+    if require("nothing changed", spoilt=("w1",)).w1.data is not made.w1.data:
+        found.append("new memory")
+    w2.data[1, 5, 7] += 1.0
+    require("w2 changed", spoilt=("w1",))
+    w1.mul_(2.0)
+    require("w1 changed")
+    w1.copy_(first)
+    require("w1 as it was at first")
+    return found
+
+
 CHECKS = {
     "quantize": (
+        check_weight_copies,
         check_quantize_rows,
         check_quantize_weight,
         check_quantize_tokens,

@@ -12,6 +12,7 @@ def compare() -> dict:
     import torch
 
     from sonicmoe.routing import naive, triton_metadata
+    from sonicmoe.routing.arrays import bound
 
     rng = np.random.default_rng(0)
     different, cases = [], 0
@@ -35,7 +36,39 @@ def compare() -> dict:
                 continue
             if found[name].dtype != value.dtype or not torch.equal(found[name], value):
                 different.append([name, number, n_tokens, n_topk, n_experts, block])
+    for n_tokens, n_topk, n_experts, block in (
+        (0, 2, 4, 128),
+        (1, 1, 8, 128),
+        (40, 3, 5, 32),
+        (90, 8, 33, 128),
+        (9, 2, 3, 1),
+    ):
+        indices = torch.from_numpy(rng.integers(0, n_experts, (n_tokens, n_topk)))
+        probs = torch.from_numpy(rng.standard_normal((n_tokens, n_topk)).astype(np.float32))
+        wanted = naive.build(indices, probs, n_experts, block)
+        room = bound(n_tokens * n_topk, n_experts, block)
+        found = triton_metadata.build(indices, probs, n_experts, block, room)
+        cases += 1
+        different += [[*case, n_tokens, block] for case in behind(wanted, found, room)]
     return {"cases": cases, "different": different}
+
+
+def behind(wanted: dict, found: dict, room) -> list:
+    """Where arrays for the most rows that there can be are not those of the counts with pads behind them."""
+    import torch
+
+    n_slots, n_rows = room
+    rows = len(wanted["x_gather_idx"])
+    more = torch.arange(rows, n_rows)
+    pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0.0 * more}
+    different = [] if rows <= n_rows else [["room"]]
+    for name, value in wanted.items():
+        if name in ("counts", "sorted_scales"):
+            continue
+        value = torch.cat([value, pads[name].to(value.dtype)]) if name in pads else value
+        if not torch.equal(found[name], value):
+            different.append([name])
+    return different
 
 
 if __name__ == "__main__":
