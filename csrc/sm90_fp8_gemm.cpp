@@ -31,7 +31,7 @@ Fp8Gemm rows_problem(uintptr_t a, uintptr_t a_scale, uintptr_t b, uintptr_t b_sc
   p.offset = at<int32_t>(offset);
   p.n_rows = n_rows;
   p.n_experts = n_experts;
-  p.width = width;
+  p.width = p.b_rows = width;
   p.depth = depth;
   p.blocks = blocks;
   p.clamp = std::numeric_limits<float>::infinity();
@@ -69,12 +69,13 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
 
   m.def(
       "rows",
-      [](Fp8Gemm p, uintptr_t y, bool half, uintptr_t stream) {
+      [](Fp8Gemm p, int32_t b_rows, uintptr_t y, bool half, uintptr_t stream) {
+        p.b_rows = b_rows;
         p.d = at<void>(y);
         p.half = half;
         require(fp8_rows(p, at<void>(stream)));
       },
-      py::arg("problem"), py::arg("y"), py::arg("half"), py::arg("stream"));
+      py::arg("problem"), py::arg("b_rows"), py::arg("y"), py::arg("half"), py::arg("stream"));
   m.def(
       "up",
       [](Fp8Gemm p, const Tokens& tokens, uintptr_t z, uintptr_t z_scale, uintptr_t a, uintptr_t a_scale, float clamp,

@@ -18,7 +18,7 @@ __device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& 
   // A scale stands for 128 bytes, so there are fewer than 2^32.
   scales.above = static_cast<uint32_t>(Kind::kGather ? p.gather[first] : first) * unit.steps;
   if constexpr (Kind::kGather) scales.below = static_cast<uint32_t>(p.gather[second]) * unit.steps;
-  scales.weight = static_cast<uint32_t>(unit.expert * (p.width / kTile) + unit.column / kTile) * unit.steps;
+  scales.weight = static_cast<uint32_t>(unit.expert * (p.b_rows / kTile) + unit.column / kTile) * unit.steps;
   scales.both = unit.row_tiles == 2;
   scales.ask(0);
   return scales;

@@ -234,7 +234,7 @@ __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind
   Unit unit;
   while (units.next(unit)) {
     const int a_row = unit.row + rank * kHalfRows;
-    const int b_row = Kind::kStrips ? unit.column : unit.expert * p.width + unit.column;
+    const int b_row = Kind::kStrips ? unit.column : unit.expert * p.b_rows + unit.column;
     const uint32_t a_strip_bytes = unit.row_tiles * kStripBytes;
     const uint32_t bytes = sizeof(shared.a[0]) + sizeof(shared.b[0]) + (Kind::kStrips ? a_strip_bytes + kStripBytes : 0);
 #pragma unroll 1
@@ -446,6 +446,11 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
     }
+    // Weights as rows have one scale for all: then it goes with the columns', while the products are under way.
+    if constexpr (Kind::kTransposed) {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) column[j] = make_float2(column[j].x * row.x, column[j].y * row.x);
+    }
   };
   auto finish = [&](int tile, bool last) {
     product_wait();
@@ -459,6 +464,13 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
         by = column[j % kPairs];
         const int next = j + kPairs;
         if (next < 16) column[j % kPairs] = load_two(ring.b_strip(stage.index) + me.quad() * 8 + next * 32);
+      }
+      if constexpr (Kind::kTransposed) {
+        sum[4 * j] = fmaf(part[4 * j], by.x, sum[4 * j]);
+        sum[4 * j + 1] = fmaf(part[4 * j + 1], by.y, sum[4 * j + 1]);
+        sum[4 * j + 2] = fmaf(part[4 * j + 2], by.x, sum[4 * j + 2]);
+        sum[4 * j + 3] = fmaf(part[4 * j + 3], by.y, sum[4 * j + 3]);
+        continue;
       }
       sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
       sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);

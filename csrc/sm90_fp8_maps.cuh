@@ -11,7 +11,8 @@ enum class Item { kByte, kHalf, kBfloat };
 bool describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows);
 
 inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
-  return describe(&maps.b, p.b, Item::kByte, static_cast<int64_t>(p.n_experts) * p.width, p.depth, box_rows);
+  const int64_t rows = static_cast<int64_t>(p.n_experts - 1) * p.b_rows + p.width;
+  return describe(&maps.b, p.b, Item::kByte, rows, p.depth, box_rows);
 }
 
 inline bool make_maps(RowsKind, const Fp8Gemm& p, Maps& maps) {

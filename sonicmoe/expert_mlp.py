@@ -69,11 +69,9 @@ def forward(x, routing: Routing, weights: ExpertWeights, plan: Plan, keep: bool 
     saved = None
     if keep:
         saved = Saved(x=x, z=None if plan.recompute_z else z, routing=routing, weights=weights, plan=plan)
-    # y and a go out of scope with this frame; under stagewise memory z does so before the next GEMM.
+    # a goes out of scope with this frame; where it is not kept, z does so before the next GEMM.
     z = None
-    y = run.down_projection(a, weights, routing, plan)
-    a = None
-    return run.sum_slots(y, routing, plan, routing.scores), saved
+    return run.summed_down_projection(a, weights, routing, plan), saved
 
 
 def backward(
@@ -83,12 +81,12 @@ def backward(
     need_dx: bool = True,
     need_ds: bool = True,
     need_wgrad: bool = True,
-    before_dx: Callable[[PendingWgrad], None] | None = None,
+    deliver_dw2: Callable[[PendingWgrad], None] | None = None,
 ) -> Grads:
     """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8.
 
-    ``before_dx`` gets the pending weight gradients as soon as their operands exist: where dW2 runs there and ``pa``
-    is dropped, p*a and dx by slot, the two largest tensors beside dz, are never in memory at the same time.
+    ``deliver_dw2`` gets the pending weight gradients where dW2 costs the least memory, and drops ``pa``: before dx,
+    so that p*a and dx by slot are never in memory at the same time, or after it if dx has operands of its own.
     """
     if saved.released:
         raise RuntimeError("backward ran a second time, but stage-wise memory released the activations after the first")
@@ -101,16 +99,18 @@ def backward(
     if z is None:
         z, _ = run.up_projection(run.prepare_rows(saved.x, plan), weights, routing, plan, need_a=False)
     dz, pa, ds_parts = run.down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad=need_wgrad)
-    z = None
+    z = dout_rows = None
     wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
     pa = None
-    if wgrad is not None and before_dx is not None:
-        before_dx(wgrad)
-    dx = None
-    if need_dx:
-        dx_rows = run.up_projection_backward(dz, weights, routing, plan)
-        dx = run.sum_slots(dx_rows, routing, plan)
-        dx_rows = None
+    deliver = deliver_dw2 if wgrad is not None else None
+    if deliver is not None and not run.DX_FIRST:
+        deliver(wgrad)
+    dx = run.summed_up_projection_backward(dz, weights, routing, plan) if need_dx else None
+    if wgrad is not None:
+        wgrad.dz = run.after_dx(dz)
+    dz = None
+    if deliver is not None and run.DX_FIRST:
+        deliver(wgrad)
     if plan.stagewise:
         saved.release()
     return Grads(dx=dx, ds=run.score_gradient(ds_parts, routing, plan) if need_ds else None, wgrad=wgrad)

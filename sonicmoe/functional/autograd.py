@@ -18,6 +18,7 @@ from .. import checks
 from ..expert_mlp import ExpertWeights, GradBuffers, QuantTensor, Saved
 from ..expert_mlp import backward as engine_backward
 from ..expert_mlp import forward as engine_forward
+from ..gemm.api import stages
 from ..gemm.plan import Plan
 from ..routing.metadata import Routing
 from ..wgrad_deferral import offer_wgrad
@@ -61,24 +62,26 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout):
         x, w1, w2, *z_parts = ctx.saved_tensors
         need_dx, need_ds, need1, need2 = ctx.needs_input_grad[:4]
-        plan, z = ctx.plan, None
+        plan, z, uses_up_z = ctx.plan, None, False
         # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
         if next(ctx.z_turns, False):
-            z = _together(z_parts, ctx.z_block)
+            z, uses_up_z = _together(z_parts, ctx.z_block), stages(plan).DX_FIRST
         with without_autocast(x):
             weights = ctx.fp8_weights or _engine_weights(w1, w2, plan)
             saved = Saved(x=x, z=z, routing=ctx.routing, weights=weights, plan=plan)
-            z = z_parts = None  # the engine's alone now
+            z = None  # the engine's alone now
             dw2 = None
 
             def deliver_dw2(wgrad):
                 nonlocal dw2
+                if uses_up_z:
+                    _free(z_parts)
                 if need2:
                     dw2 = _weight_grad("w2", w2, ctx.owner2, _into_dw2, wgrad)
 
             grads = engine_backward(
                 saved, dout.contiguous(), need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2,
-                before_dx=deliver_dw2,
+                deliver_dw2=deliver_dw2,
             )  # fmt: skip
             dw1 = _weight_grad("w1", w1, ctx.owner1, _into_dw1, grads.wgrad) if need1 else None
         ds = None if grads.ds is None else grads.ds.to(ctx.scores_dtype)
@@ -107,6 +110,12 @@ def _together(parts, block):
     if not parts:
         return None
     return parts[0] if block is None else QuantTensor(*parts, block)
+
+
+def _free(z_parts) -> None:
+    """The memory of a z that nobody will read again: the tape itself lets go of it only after the whole backward."""
+    for part in z_parts:
+        part.untyped_storage().resize_(0)
 
 
 def main_grad_of(name: str, weight):

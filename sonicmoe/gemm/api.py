@@ -77,6 +77,15 @@ class Stages(Protocol):
     def sum_slots(self, rows, routing, plan: Plan, scores=None):
         """[T,H] of the storage type: each token's rows of [M,H], weighed by ``scores``, added in slot order."""
 
+    def summed_down_projection(self, a, weights: ExpertWeights, routing, plan: Plan):
+        """out [T,H]: ``down_projection``, then ``sum_slots`` by score. What lies between need never be whole."""
+
+    def summed_up_projection_backward(self, dz, weights: ExpertWeights, routing, plan: Plan):
+        """dx [T,H]: ``up_projection_backward``, then ``sum_slots``."""
+
+    def after_dx(self, dz):
+        """What dW1 alone needs of dz. ``DX_FIRST`` of a backend tells whether dx comes before the weight gradients."""
+
     def accumulate_dw1(self, dz, x, routing, plan: Plan, buffers: GradBuffers) -> None:
         """dW1[e] += dz^T x, x gathered; ``=`` under ``buffers.overwrite``."""
 

@@ -11,6 +11,7 @@ from ..quant.formats import QuantTensor
 from ..routing import naive as movement
 
 OVERWRITES_Z = False
+DX_FIRST = False
 
 
 def _dtype(plan):
@@ -189,6 +190,18 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     source = _RowSource(dz if plan.recipe is None else quant.quantize_rows(dz, plan.recipe), routing)
     parts = [_multiply(source.rows(lo, hi), _weight(w1_t, expert)) for expert, lo, hi in _segments(routing)]
     return _into(out, _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset))
+
+
+def summed_down_projection(a, weights, routing, plan):
+    return sum_slots(down_projection(a, weights, routing, plan), routing, plan, routing.scores)
+
+
+def summed_up_projection_backward(dz, weights, routing, plan):
+    return sum_slots(up_projection_backward(dz, weights, routing, plan), routing, plan)
+
+
+def after_dx(dz):
+    return dz
 
 
 def _token_major(rows, plan):

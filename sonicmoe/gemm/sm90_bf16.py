@@ -28,6 +28,7 @@ else:
 
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True
+DX_FIRST = False
 
 
 def _kernel(op: str, storage: str, tile: str | None = None, **facts) -> GemmKernel:
@@ -153,6 +154,18 @@ def sum_slots(rows, routing, plan, scores=None):
 def up_projection_backward(dz, weights, routing, plan, out=None):
     w1_t = weights.w1_EFH.transpose(1, 2)
     return _rows(kernels(plan).dx, dz, w1_t, weights.hidden_size, routing, out)
+
+
+def summed_down_projection(a, weights, routing, plan):
+    return sum_slots(down_projection(a, weights, routing, plan), routing, plan, routing.scores)
+
+
+def summed_up_projection_backward(dz, weights, routing, plan):
+    return sum_slots(up_projection_backward(dz, weights, routing, plan), routing, plan)
+
+
+def after_dx(dz):
+    return dz
 
 
 def _wgrad(left_TC, right_MN, target_ECN, transposed, routing, plan, overwrite: bool):

@@ -35,6 +35,8 @@ _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for pa
 
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True
+DX_FIRST = True  # dz for dx goes with it, before wgrad takes memory
+_ROOM_BYTES = 100e6  # about what rows by slot take at a time
 
 
 def extension(target: str) -> jit.Extension:
@@ -58,7 +60,7 @@ class TokenMajor:
 class Gradient:
     """dz, for dx and for dW1: the second copy is [M,F] of the storage type where wgrad is not FP8."""
 
-    rows: QuantTensor
+    rows: QuantTensor | None  # None once dx has been made
     wgrad: Any
 
 
@@ -70,6 +72,10 @@ def _floats(sizes, like):
     return torch.empty(sizes, dtype=torch.float32, device=like.device)
 
 
+def _storage(sizes, like, plan: Plan):
+    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=like.device)
+
+
 def _rows_like(n_rows: int, columns: int, like) -> QuantTensor:
     scale = _floats([n_rows, columns // FP8_ROW_BLOCK], like)
     return QuantTensor(_bytes([n_rows, columns], like), scale, (1, FP8_ROW_BLOCK))
@@ -79,9 +85,11 @@ def _token_major_like(columns: int, n_rows: int, like) -> TokenMajor:
     return TokenMajor(_bytes([columns, n_rows], like), _floats([n_rows // FP8_ROW_BLOCK, columns], like))
 
 
-def _problem(module, a, b, routing, width: int, depth: int):
+def _problem(module, a, b, routing, width: int, depth: int, first: int = 0):
+    """``first``: of each expert's rows of ``b``, where the problem's begin."""
+    b_data, b_scale = address(b.data) + first * depth, address(b.scale) + first * depth // FP8_ROW_BLOCK**2 * 4
     return module.Problem(
-        address(a.data), address(a.scale), address(b.data), address(b.scale), address(routing.expert_offset),
+        address(a.data), address(a.scale), b_data, b_scale, address(routing.expert_offset),
         routing.n_rows, routing.n_experts, width, depth, multiprocessors(a.data),
     )  # fmt: skip
 
@@ -116,14 +124,15 @@ def up_projection(x_rows, weights, routing, plan, need_a, out=None):
     return z, a
 
 
-def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out):
+def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out=None, first: int = 0):
+    """[M,width]: ``rows`` by ``width`` of each expert's rows of ``weight`` [E,N,K], from ``first`` on."""
     like, depth = rows.data, int(rows.data.shape[1])
-    dtype = getattr(torch, plan.storage)
-    y = torch.empty([routing.n_rows, width], dtype=dtype, device=like.device) if out is None else out
+    y = _storage([routing.n_rows, width], like, plan) if out is None else out
     if routing.n_rows:
         module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, rows, weight, routing, width, depth)
-        module.rows(problem, address(y), plan.storage == "float16", current_stream(like))
+        problem = _problem(module, rows, weight, routing, width, depth, first)
+        half, stream = plan.storage == "float16", current_stream(like)
+        module.rows(problem, int(weight.data.shape[1]), address(y), half, stream)
     return y
 
 
@@ -135,6 +144,39 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     return _rows(dz.rows, weights.fp8.w1_t, weights.hidden_size, routing, plan, out)
 
 
+def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, scores=None):
+    """[T,width]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
+    columns at a time, in the same memory. The numbers do not depend on how many."""
+    step = min(width, _columns_at_once(routing.n_rows, width))
+    out = _storage([routing.n_tokens, width], rows.data, plan)
+    room = _storage([routing.n_rows * step], rows.data, plan)
+    for first in range(0, width, step):
+        columns = min(step, width - first)
+        y = room[: routing.n_rows * columns].reshape([routing.n_rows, columns])
+        _rows(rows, weight, columns, routing, plan, y, first)
+        sm90_bf16.combine().sum_slots(y, routing, out.dtype, scores, out, first)
+    return out
+
+
+def _columns_at_once(n_rows: int, width: int) -> int:
+    """An even share of the columns, in whole units of the GEMM."""
+    pieces = max(1, round(2 * n_rows * width / _ROOM_BYTES))
+    unit = 2 * FP8_ROW_BLOCK
+    return -(-width // (pieces * unit)) * unit
+
+
+def summed_down_projection(a, weights, routing, plan):
+    return _summed_rows(a, weights.fp8.w2, weights.hidden_size, routing, plan, routing.scores)
+
+
+def summed_up_projection_backward(dz, weights, routing, plan):
+    return _summed_rows(dz.rows, weights.fp8.w1_t, weights.hidden_size, routing, plan)
+
+
+def after_dx(dz):
+    return Gradient(None, dz.wgrad)
+
+
 def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
     """dz by row takes z's place, if no other is given. What wgrad reads is a by-product, needed or not."""
     rows = z if out is None else out[0]
@@ -144,8 +186,7 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
         dz, pa = _token_major_like(2 * width, n_rows, like), _token_major_like(width, n_rows, like)
         operands = (dz.data, dz.scale, pa.data, pa.scale)
     else:
-        dtype = getattr(torch, plan.storage)
-        dz, pa = (torch.empty([n_rows, columns], dtype=dtype, device=like.device) for columns in (2 * width, width))
+        dz, pa = (_storage([n_rows, columns], like, plan) for columns in (2 * width, width))
         operands = (dz, None, pa, None)
     if n_rows:
         module = _module(arch(like), plan.cache_dir)

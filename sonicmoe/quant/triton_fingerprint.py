@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launch import address
+from ..triton_launch import launch
 
 _ITEM_SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.uint8: 1}
 _BLOCK_WORDS = 512  # 4 words for each of 128 threads: two loads of 16 bytes in flight
@@ -178,6 +179,6 @@ def fingerprint(tensors, previous=None, table: Table | None = None, in_place: bo
     changed = torch.empty([n], dtype=torch.int32, device=device)
     parts = torch.empty([max(1, table.n_parts), 2], dtype=torch.int64, device=device)
     if table.n_parts:
-        _hash_parts[(table.n_parts,)](table.rows, parts, n, num_warps=4)
-    _judge[(n,)](table.rows, parts, previous, state, changed, STEP=_PARTS_A_STEP, num_warps=8)
+        launch(_hash_parts, table.n_parts, (table.rows, parts, n), {}, num_warps=4)
+    launch(_judge, n, (table.rows, parts, previous, state, changed), {"STEP": _PARTS_A_STEP}, num_warps=8)
     return Fingerprint(changed, state, table)

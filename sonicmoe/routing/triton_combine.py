@@ -24,7 +24,7 @@ _REGISTERS = 128
 @triton.jit(do_not_specialize_on_alignment=_INDEX_ARRAYS)
 def _sum_slots(
     rows, reverse, slot_offset, scores, out,
-    H: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, IN_FLIGHT: tl.constexpr,
+    H: tl.constexpr, APART: tl.constexpr, LANES: tl.constexpr, PIECES: tl.constexpr, IN_FLIGHT: tl.constexpr,
 ):  # fmt: skip
     """One token's slots added over PIECES times LANES columns, in slot order, from 0 as the definition does."""
     programs: tl.constexpr = (H + LANES * PIECES - 1) // (LANES * PIECES)
@@ -52,17 +52,21 @@ def _sum_slots(
     # A token's own sum is never -0, so adding the 0 of an absent slot has left its bits alone.
     for piece in tl.static_range(PIECES):
         at = column + piece * LANES
-        tl.store(out + token.to(tl.int64) * H + at, totals[piece].to(out.dtype.element_ty), mask=at < H)
+        tl.store(out + token.to(tl.int64) * APART + at, totals[piece].to(out.dtype.element_ty), mask=at < H)
 
 
-def sum_slots(rows_MH, routing, dtype, scores=None, out=None):
+def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
     """[M,H] sorted rows -> [T,H]: each token's slots added in slot order, in float32, rounded once; 0 without slots.
 
-    ``scores`` (by compact slot) weighs the rows. ``out`` [T,H] of ``dtype`` is written instead of new memory.
+    ``scores`` (by compact slot) weighs the rows. ``out`` [T,..] of ``dtype`` is written instead of new memory, from
+    column ``first`` on.
     """
     width = int(rows_MH.shape[1])
     if out is None:
         out = torch.empty([routing.n_tokens, width], dtype=dtype, device=rows_MH.device)
+    apart = int(out.shape[1])
+    if apart != width:
+        out = out[:, first : first + width]
     if routing.n_tokens == 0 or width == 0:
         return out
     if routing.n_slots == 0:
@@ -74,7 +78,7 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None):
         _sum_slots,
         routing.n_tokens * -(-width // (lanes * pieces)),
         (rows_MH.contiguous(), routing.s_reverse_scatter_idx, routing.slot_offset, scores, out),
-        {"H": width, "LANES": lanes, "PIECES": pieces, "IN_FLIGHT": in_flight},
+        {"H": width, "APART": apart, "LANES": lanes, "PIECES": pieces, "IN_FLIGHT": in_flight},
         num_warps=_THREADS // 32,
         # A multiply-add rounds once where the definition rounds twice.
         enable_fp_fusion=False,

@@ -28,7 +28,7 @@ class NoWait(torch.utils._python_dispatch.TorchDispatchMode if torch else object
 class StagesWithoutArithmetic:
     """What kernels would be: they take the arrays and wait for nothing."""
 
-    OVERWRITES_Z = True
+    OVERWRITES_Z, DX_FIRST = True, False
 
     def prepare_rows(self, x, plan):
         return x
@@ -51,6 +51,15 @@ class StagesWithoutArithmetic:
 
     def sum_slots(self, rows, routing, plan, scores=None):
         return rows.new_ones(routing.n_tokens, rows.shape[1])
+
+    def summed_down_projection(self, a, weights, routing, plan):
+        return self.sum_slots(self.down_projection(a, weights, routing, plan), routing, plan)
+
+    def summed_up_projection_backward(self, dz, weights, routing, plan):
+        return self.sum_slots(self.up_projection_backward(dz, weights, routing, plan), routing, plan)
+
+    def after_dx(self, dz):
+        return dz
 
     def accumulate_dw1(self, dz, x, routing, plan, buffers):
         buffers.dw1_EFH.zero_()

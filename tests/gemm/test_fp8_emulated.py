@@ -11,6 +11,7 @@ RUNS_IN_TORCH = True
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 if torch:
+    from sonicmoe.gemm import sm90_fp8
     from sonicmoe.quant import naive as quant
     from tests.support import fp8_emulator
     from tests.support.fp8_stages import NAMES, Fp8Problem, Stages, distance
@@ -93,6 +94,18 @@ def test_the_engine_beside_the_naive_one(module, monkeypatch, cache_dir, setting
     assert {name: distance(found[name], wanted[name]) < 1e-3 for name in NAMES} == dict.fromkeys(NAMES, True)
     grouped = problem.run(cache_dir, routing, plan, grouped=True)
     assert distance(grouped["dw2"], found["dw2"]) < SUMS
+
+
+def test_some_columns_at_a_time_are_the_same_bits(module, monkeypatch, cache_dir):
+    """Rows by slot that are made in pieces, the last one smaller, from another place in each expert's weights."""
+    fp8_emulator.install(monkeypatch, module, clusters=2)
+    problem = Fp8Problem(t=70, k=2, e=3, h=640, i=128, device=CPU)
+    routing = problem.route(cache_dir)
+    whole = problem.run(cache_dir, routing)
+    monkeypatch.setattr(sm90_fp8, "_ROOM_BYTES", 1.0)
+    assert sm90_fp8._columns_at_once(routing.n_rows, 640) == 256
+    pieces = problem.run(cache_dir, routing)
+    assert all(torch.equal(pieces[name], whole[name]) for name in NAMES)
 
 
 def test_nan_and_inf_stay_where_they_are(module, monkeypatch, cache_dir):

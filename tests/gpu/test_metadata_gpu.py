@@ -113,7 +113,7 @@ def test_room_for_the_most_rows(build, rng, backend, block):
         more = torch.arange(rows, found.n_rows, dtype=torch.int32)
         assert (found.n_slots, found.n_rows) == arrays.bound(n_slots, n_experts, block) and found.n_rows >= rows
         pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0.0 * more}
-        if wanted["sorted_scales"] is not None and n_tokens:
+        if n_tokens:
             pads["sorted_scales"] = torch.as_tensor(scales)[:1].expand(len(more), -1)
         require_same({name: torch.cat([wanted[name], value]) for name, value in pads.items()} | {
             name: value for name, value in wanted.items() if name not in pads

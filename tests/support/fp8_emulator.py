@@ -50,8 +50,12 @@ class Combine:
     """The Triton combine by its definition."""
 
     @staticmethod
-    def sum_slots(rows, routing, dtype, scores=None):
-        return movement.sum_slots(rows, routing, dtype, scores)
+    def sum_slots(rows, routing, dtype, scores=None, out=None, first=0):
+        made = movement.sum_slots(rows, routing, dtype, scores)
+        if out is None:
+            return made
+        out[:, first : first + rows.shape[1]] = made
+        return out
 
     @staticmethod
     def finish_ds(parts, routing):

@@ -88,6 +88,11 @@ def check_sum_slots(device, widths=(8, 40, 1100), shapes=ROUTINGS):
             out = torch.full_like(wanted, float("nan"))
             given = triton_combine.sum_slots(rows, routing, out_type, scores, out)
             made = triton_combine.sum_slots(rows, routing, out_type, scores)
+            wide = torch.full_like(wanted, 7.0).repeat(1, 3)
+            triton_combine.sum_slots(rows, routing, out_type, scores, wide, width)
+            middle, beside = wide[:, width : 2 * width], (wide[:, :width], wide[:, 2 * width :])
+            if not same_bits(middle.contiguous(), made) or not all(bool((side == 7.0).all()) for side in beside):
+                found.append(f"sum_slots {about} H={width} {rows_type} -> columns of {out_type} weighted={weighted}")
             if given is not out or not same_bits(out, made) or not same_rounding(made, wanted):
                 found.append(f"sum_slots {about} H={width} {rows_type} -> {out_type} weighted={weighted}")
     return found
