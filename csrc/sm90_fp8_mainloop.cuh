@@ -280,12 +280,10 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
   };
   Unit unit;
   while (units.next(unit)) {
-    int token[kRows];
-    uint32_t real = 0;  // one bit a row: pads are filled with zeros, whatever token 0 holds
+    int token[kRows];  // -1 for a pad, which is filled with zeros, whatever token 0 holds
     for (int i = 0; i < kRows; ++i) {
       const int row = unit.row + from + i * kApart;
-      token[i] = p.gather[row];
-      real |= static_cast<uint32_t>(p.scatter[row] < p.n_slots) << i;
+      token[i] = p.scatter[row] < p.n_slots ? p.gather[row] : -1;
     }
     const float* scale = nullptr;
     if constexpr (Kind::kColumnStrips) {
@@ -309,7 +307,8 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       }
       const uint8_t* source = static_cast<const uint8_t*>(p.a) + step * kTile + piece * 16;
       for (int i = 0; i < kRows; ++i) {
-        async_copy(tokens + target + i * kApart * kTile, source + int64_t{token[i]} * p.depth, real >> i & 1);
+        const int t = opaque(token[i]);  // addresses of all rows at once would take two registers each
+        async_copy(tokens + target + i * kApart * kTile, source + int64_t{max(t, 0)} * p.depth, t >= 0);
       }
       if constexpr (Kind::kColumnStrips) async_copy(&shared.b_strip.at[s][thread], scale + step);
       async_copy_commit();

@@ -169,6 +169,18 @@ def test_gemms_are_found_in_the_order_of_launches(part, results):
     assert results.gemm_rows(shape, PEER, launches[:4]) == []
 
 
+def test_gemms_that_are_several_launches(part, results):
+    shape = part("moe_bench.shapes").SHAPES["reference"]
+    names = ["UpKind", *["RowsKind"] * 3, "DownBackwardKind", *["RowsKind"] * 3, "WgradKind", "WgradKind"]
+    launches = [x for name in names for x in ([f"gemm<{name}>", 100.0], ["sum_slots", 500.0])]
+    found = results.gemm_rows(shape, "sonicmoe-fp8", launches)
+    assert [(gemm, us) for gemm, us, _, _ in found] == [
+        ("up", 100.0), ("down", 300.0), ("dA", 100.0), ("dx", 300.0), ("dW2", 100.0), ("dW1", 100.0)
+    ]  # fmt: skip
+    for wrong in (launches[2:], launches[:-2], [*launches, launches[0]]):
+        assert results.gemm_rows(shape, "sonicmoe-fp8", wrong) == []
+
+
 # ---- benchmarks/moe.py: processes ------------------------------------------------------------------------------------
 
 # Stands for a provider: answers from FAKE in its environment, prints where libraries print, and may fail on the way.

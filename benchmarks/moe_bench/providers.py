@@ -36,7 +36,10 @@ class Provider:
     cosine: float = 0.0
     # Adds weight gradients into `.main_grad` itself and leaves `.grad` alone; else the caller adds them after backward.
     adds_main_grad: bool = False
-    gemms: tuple[str, ...] = ()  # in the order of their launches, for the per-kernel table
+    # For the per-kernel table: GEMMs in the order of their launches, and with them, where one may be several launches,
+    # what tells its kernel from others.
+    gemms: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()  # distributions whose versions belong to a result
     env: Mapping[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = WORKER
@@ -72,7 +75,8 @@ PROVIDERS = {
             relative=0.08,
             cosine=0.9965,
             adds_main_grad=True,
-            gemms=GEMMS_IN_ORDER,
+            gemms=("up", "down", "dA", "dx", "dW2", "dW1"),
+            kernels=("UpKind", "RowsKind", "DownBackwardKind", "RowsKind", "WgradKind", "WgradKind"),
             env={"SONIC_MOE_FP8_MODE": "perf", "SONIC_MOE_FP8_WGRAD": "1"},
         ),
         Provider(

@@ -1,6 +1,7 @@
 """What was found: statistics, verdicts, the table, and which speed-ups may be told."""
 
 import csv
+import itertools
 import math
 import pathlib
 import statistics
@@ -143,14 +144,32 @@ def summary(rows: Iterable[Mapping]) -> tuple[list[str], int]:
 def gemm_rows(shape, provider: str, sequence: list) -> list[tuple[str, float, float, str]]:
     """(GEMM, microseconds, TFLOP/s, kernel) for the grouped GEMMs of one forward and backward.
 
-    They are its six longest launches; the provider's table says in which order they come.
+    The provider's table says in which order they come. Where it names no kernels, they are the longest launches.
     """
-    order = PROVIDERS[provider].gemms
-    longest = sorted(range(len(sequence)), key=lambda i: -sequence[i][1])[: len(order)]
-    if len(longest) < len(order):
+    told = PROVIDERS[provider]
+    if told.kernels:
+        parts = _in_parts(told.kernels, [launch for launch in sequence if any(k in launch[0] for k in told.kernels)])
+    else:
+        longest = sorted(range(len(sequence)), key=lambda i: -sequence[i][1])[: len(told.gemms)]
+        parts = [[sequence[place]] for place in sorted(longest)]
+    if len(parts) < len(told.gemms):
         return []
     found = []
-    for gemm, place in zip(order, sorted(longest), strict=True):
-        name, us = sequence[place]
-        found.append((gemm, us, shape.gemm_flops(gemm) / us / 1e6, name))
+    for gemm, launches in zip(told.gemms, parts, strict=True):
+        us = sum(us for _, us in launches)
+        found.append((gemm, us, shape.gemm_flops(gemm) / us / 1e6, launches[0][0]))
     return found
+
+
+def _in_parts(kernels: tuple[str, ...], launches: list) -> list[list]:
+    """The launches of each GEMM. Neighbours with the same kernel share its launches evenly."""
+    parts = []
+    for kernel, wanted in itertools.groupby(kernels):
+        count = len(list(wanted))
+        mine = list(itertools.takewhile(lambda launch, kernel=kernel: kernel in launch[0], launches))
+        launches = launches[len(mine) :]
+        each, rest = divmod(len(mine), count)
+        if each == 0 or rest:
+            return []
+        parts += [mine[number * each : (number + 1) * each] for number in range(count)]
+    return parts if not launches else []

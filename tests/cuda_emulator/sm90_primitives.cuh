@@ -21,6 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 
+using std::max;
 using std::min;
 
 struct Index {

@@ -8,7 +8,9 @@ import pytest
 
 from sonicmoe import jit
 
-KERNELS = ("RowsKind", "UpKind", "16DownBackwardKind", "WideDownBackwardKind", "WgradKind")
+# As the compiler writes them, those with a clamp apart from those without.
+CLAMPED = ("6UpKind", "16DownBackwardKind", "20WideDownBackwardKind")
+KERNELS = ("8RowsKind", "9WgradKind", *(f"{name}ILb{clamp}E" for name in CLAMPED for clamp in (0, 1)))
 
 
 @pytest.fixture(scope="module")
