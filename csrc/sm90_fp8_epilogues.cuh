@@ -199,7 +199,7 @@ __device__ inline void store_wgrad(const Fp8Gemm& p, const Lane& me, const Unit&
     for (int below = 0; below < 2; ++below) {
       const int in_matrix = unit.row + tile * kTile + me.tile_row() + 8 * below;
       const int64_t row = static_cast<int64_t>(unit.expert) * p.height + in_matrix;
-      const int64_t first = row * p.width + unit.column + 2 * me.quad();
+      const int64_t first = row * p.d_columns + unit.column + 2 * me.quad();
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const float x = total[tile][4 * j + 2 * below], y = total[tile][4 * j + 2 * below + 1];

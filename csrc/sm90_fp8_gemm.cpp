@@ -116,14 +116,15 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
       py::arg("clamp"), py::arg("pow2"), py::arg("half"), py::arg("stream"));
   m.def(
       "wgrad",
-      [](Fp8Gemm p, int32_t height, uintptr_t d, bool wide, bool half, bool add, uintptr_t stream) {
+      [](Fp8Gemm p, int32_t height, int32_t d_columns, uintptr_t d, bool wide, bool half, bool add, uintptr_t stream) {
         p.height = height;
+        p.d_columns = d_columns;
         p.d = at<void>(d);
         p.wide = wide;
         p.half = half;
         p.add = add;
         require(fp8_wgrad(p, at<void>(stream)));
       },
-      py::arg("problem"), py::arg("height"), py::arg("d"), py::arg("wide"), py::arg("half"), py::arg("add"),
-      py::arg("stream"));
+      py::arg("problem"), py::arg("height"), py::arg("d_columns"), py::arg("d"), py::arg("wide"), py::arg("half"),
+      py::arg("add"), py::arg("stream"));
 }

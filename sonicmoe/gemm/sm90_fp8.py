@@ -36,7 +36,7 @@ _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for pa
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True
 DX_FIRST = True  # dz for dx goes with it, before wgrad takes memory
-_ROOM_BYTES = 100e6  # about what rows by slot take at a time
+_ROOM_BYTES = 100e6  # about what tensors of M rows take at a time, where they can be made in pieces
 
 
 def extension(target: str) -> jit.Extension:
@@ -147,7 +147,7 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
 def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, scores=None):
     """[T,width]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
     columns at a time, in the same memory. The numbers do not depend on how many."""
-    step = min(width, _columns_at_once(routing.n_rows, width))
+    step = min(width, _columns_at_once(routing.n_rows, width, 2))
     out = _storage([routing.n_tokens, width], rows.data, plan)
     room = _storage([routing.n_rows * step], rows.data, plan)
     for first in range(0, width, step):
@@ -158,9 +158,9 @@ def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, pl
     return out
 
 
-def _columns_at_once(n_rows: int, width: int) -> int:
-    """An even share of the columns, in whole units of the GEMM."""
-    pieces = max(1, round(2 * n_rows * width / _ROOM_BYTES))
+def _columns_at_once(n_rows: int, width: int, item: int) -> int:
+    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMMs."""
+    pieces = max(1, round(item * n_rows * width / _ROOM_BYTES))
     unit = 2 * FP8_ROW_BLOCK
     return -(-width // (pieces * unit)) * unit
 
@@ -198,8 +198,8 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     return Gradient(rows, dz), pa if need_wgrad else None, parts
 
 
-def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool) -> None:
-    """target[e] [P,Q] = (+=) left @ right^T over segment e."""
+def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool, first: int = 0) -> None:
+    """target[e] [P,Q] = (+=) left @ right^T over segment e; into the columns of ``target`` from ``first`` on."""
     if not routing.n_rows:
         if overwrite:
             target.zero_()
@@ -211,7 +211,8 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
     height, width = int(left.data.shape[0]), int(right.data.shape[0])
     problem = _problem(module, left, right, routing, width, 0)
     wide, half = kind == "float32", kind == "float16"
-    module.wgrad(problem, height, address(target), wide, half, not overwrite, current_stream(target))
+    place = int(target.shape[2]), address(target) + first * (4 if wide else 2)
+    module.wgrad(problem, height, *place, wide, half, not overwrite, current_stream(target))
 
 
 def accumulate_dw1(dz, x, routing, plan, buffers):
@@ -220,11 +221,16 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
     if not plan.fp8_wgrad:
         sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
         return
-    x_t = _token_major(x, routing, plan)
-    deliver(
-        lambda target: _wgrad(dz.wgrad, x_t, target, routing, plan, buffers.overwrite),
-        buffers.dw1_EFH, buffers.experts1, buffers.overwrite,
-    )  # fmt: skip
+
+    def run(target):
+        # The copy of x by row is the largest of its time: made some columns at a time, it is not.
+        hidden = int(target.shape[2])
+        step = _columns_at_once(routing.n_rows, hidden, 1)
+        for first in range(0, hidden, step):
+            x_t = _token_major(x, routing, plan, (first, min(hidden, first + step)))
+            _wgrad(dz.wgrad, x_t, target, routing, plan, buffers.overwrite, first)
+
+    deliver(run, buffers.dw1_EFH, buffers.experts1, buffers.overwrite)
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
@@ -241,13 +247,13 @@ def accumulate_dw2(pa, dout, routing, plan, buffers):
     )  # fmt: skip
 
 
-def _token_major(rows, routing, plan) -> TokenMajor:
+def _token_major(rows, routing, plan, columns=None) -> TokenMajor:
     """Tokens gathered into sorted order and quantized along it, from the values that forward was given."""
     if triton_quantize is None:
         raise JitUnavailable("triton is not installed; pip install triton")
     if isinstance(rows, QuantTensor):
         rows = (rows.data, rows.scale) if rows.matches(plan.recipe) else naive.dequantize(rows)
-    return TokenMajor(*triton_quantize.quantize_tokens(rows, routing, plan.recipe.pow2))
+    return TokenMajor(*triton_quantize.quantize_tokens(rows, routing, plan.recipe.pow2, columns=columns))
 
 
 def _pads_among_their_own(routing):

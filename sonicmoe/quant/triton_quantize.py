@@ -149,7 +149,7 @@ def quantize_weight(w_ERC, pow2: bool = False, into=None, changed=None):
 @triton.jit(do_not_specialize=["n_blocks", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
 def _quantize_tokens(
     rows, row_scale, gather, scatter, data, scale, n_blocks, n_slots,
-    C: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr,
+    C: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
     """128 sorted rows by COLUMNS columns: read as lines of the rows and written as lines of the columns."""
     programs: tl.constexpr = C // COLUMNS
@@ -166,9 +166,9 @@ def _quantize_tokens(
         else:
             row = tl.load(gather + m).to(tl.int64)
         # A pad is 0 whatever its row holds.
-        value = tl.load(rows + row[:, None] * C + column[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        value = tl.load(rows + row[:, None] * APART + column[None, :], mask=real[:, None], other=0.0).to(tl.float32)
         if row_scale is not None:
-            of_row = tl.load(row_scale + row * (C // _G) + first_column // _G, mask=real, other=0.0)
+            of_row = tl.load(row_scale + row * (APART // _G) + first_column // _G, mask=real, other=0.0)
             value *= of_row[:, None]
         values = values + (_numbers(value),)
     amax = tl.max(_magnitude(values), axis=0)
@@ -184,8 +184,9 @@ def _quantize_tokens(
     tl.store(words + at, tl.trans(_words(values, inverse[None, :])))
 
 
-def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True):
+def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True, columns: tuple[int, int] | None = None):
     """(data [C,M] e4m3, scale [M/128,C] float32): the operand of a weight gradient, whose sums run over sorted rows.
+    ``columns`` (first, end), multiples of 128, are those that are wanted, if not all.
 
     Sorted row m is row ``routing.x_gather_idx[m]`` of ``rows`` [T,C], or row m itself of ``rows`` [M,C] that are not
     to be ``gathered``; pads are 0. ``rows`` are bf16, fp16 or fp32, or (data [..,C] e4m3, scale [..,C/128] float32) for
@@ -199,22 +200,29 @@ def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True):
         checks.require_shape("scale", row_scale, (n_rows, width // _GROUP), "one for each 128 columns")
         row_scale = row_scale.contiguous()
     _check("rows", rows, 2, "[T, C]", checks.FLOAT_DTYPES if row_scale is None else (checks.FP8_DTYPE,))
-    width, n_rows = int(rows.shape[1]), routing.n_rows
-    checks.require_shape("rows", rows, (routing.n_tokens if gathered else n_rows, width), "as many as the routing has")
+    apart, n_rows = int(rows.shape[1]), routing.n_rows
+    checks.require_shape("rows", rows, (routing.n_tokens if gathered else n_rows, apart), "as many as the routing has")
+    first, end = columns or (0, apart)
+    if first % _GROUP or end % _GROUP or not 0 <= first <= end <= apart:
+        raise ValueError(f"columns: got {columns}, need multiples of {_GROUP} up to {apart}")
+    width, rows = end - first, rows.contiguous()
+    if width != apart:
+        rows = rows[:, first:end]
+        row_scale = None if row_scale is None else row_scale[:, first // _GROUP : end // _GROUP]
     if n_rows % _GROUP:
         raise ValueError(f"routing: got {n_rows} rows, need a multiple of {_GROUP}")
     n_blocks = n_rows // _GROUP
     data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=rows.device)
     scale = torch.empty([n_blocks, width], dtype=torch.float32, device=rows.device)
     if n_blocks and width:
-        columns = 64 if row_scale is None else 128  # whole lines of 16-bit and of 8-bit rows
+        at_once = 64 if row_scale is None else 128  # whole lines of 16-bit and of 8-bit rows
         gather = routing.x_gather_idx if gathered else None
         launch(
             _quantize_tokens,
-            n_blocks * (width // columns),
-            (rows.contiguous(), row_scale, gather, routing.s_scatter_idx, data, scale, n_blocks, routing.n_slots),
-            {"C": width, "COLUMNS": columns, "POW2": pow2},
-            num_warps=columns // 16,  # 64 numbers for each thread
+            n_blocks * (width // at_once),
+            (rows, row_scale, gather, routing.s_scatter_idx, data, scale, n_blocks, routing.n_slots),
+            {"C": width, "APART": apart, "COLUMNS": at_once, "POW2": pow2},
+            num_warps=at_once // 16,  # 64 numbers for each thread
         )
     return data, scale
 

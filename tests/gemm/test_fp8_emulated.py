@@ -103,7 +103,7 @@ def test_some_columns_at_a_time_are_the_same_bits(module, monkeypatch, cache_dir
     routing = problem.route(cache_dir)
     whole = problem.run(cache_dir, routing)
     monkeypatch.setattr(sm90_fp8, "_ROOM_BYTES", 1.0)
-    assert sm90_fp8._columns_at_once(routing.n_rows, 640) == 256
+    assert sm90_fp8._columns_at_once(routing.n_rows, 640, 2) == 256
     pieces = problem.run(cache_dir, routing)
     assert all(torch.equal(pieces[name], whole[name]) for name in NAMES)
 

@@ -40,10 +40,10 @@ def build(folder: Path):
     return module
 
 
-def quantize_tokens(rows, routing, pow2=False):
+def quantize_tokens(rows, routing, pow2=False, columns=None):
     """In the place of the Triton kernel of this name."""
     values = quant.dequantize(QuantTensor(*rows, (1, 128))) if isinstance(rows, tuple) else rows.float()
-    return wanted_tokens(values, routing, pow2)
+    return wanted_tokens(values[:, slice(*columns or (None,))], routing, pow2)
 
 
 class Combine:

@@ -195,6 +195,9 @@ def check_quantize_tokens(device, widths=(128, 384), shapes=ROUTINGS, kinds=KIND
         for given in (rows, at_any_address(rows)):
             made = triton_quantize.quantize_tokens(given, routing, pow2, gathered)
             found += differences(about, made, wanted)
+        if rows.shape[1] > 128:
+            some = triton_quantize.quantize_tokens(rows, routing, pow2, gathered, columns=(128, rows.shape[1]))
+            found += differences(f"{about} from 128 on", some, (wanted[0][128:], wanted[1][:, 128:].contiguous()))
     return found
 
 
@@ -211,6 +214,8 @@ def check_quantize_tokens_of_fp8(device, widths=(128, 384), shapes=ROUTINGS, kin
         wanted = wanted_tokens(naive.dequantize(rows), routing, pow2, gathered)
         made = triton_quantize.quantize_tokens((data, scale), routing, pow2, gathered)
         found += differences(f"{about} of FP8", made, wanted)
+        some = triton_quantize.quantize_tokens((data, scale), routing, pow2, gathered, columns=(0, 128))
+        found += differences(f"{about} of FP8 up to 128", some, (wanted[0][:128], wanted[1][:, :128].contiguous()))
     return found
 
 
