@@ -89,12 +89,11 @@ class _Experts(torch.autograd.Function):
 
 
 def _engine_weights(w1, w2, plan: Plan) -> ExpertWeights:
-    storage = getattr(torch, plan.storage)
-    w1, w2 = (w if w.dtype == storage else w.detach().to(storage) for w in (w1, w2))
     hidden, intermediate = int(w2.shape[1]), int(w2.shape[2])
-    if plan.recipe is None:
-        return ExpertWeights(w1.detach(), w2.detach(), None, hidden, intermediate)
-    return ExpertWeights(None, None, fp8_weights(w1, w2, plan), hidden, intermediate)
+    if plan.recipe is not None:
+        return ExpertWeights(None, None, fp8_weights(w1, w2, plan), hidden, intermediate)
+    storage = getattr(torch, plan.storage)
+    return ExpertWeights(w1.detach().to(storage), w2.detach().to(storage), None, hidden, intermediate)
 
 
 def _apart(z):

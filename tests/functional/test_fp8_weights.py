@@ -1,0 +1,91 @@
+"""Which FP8 copies a call gets, on stand-ins for them: found again, shared by nobody else, gone with their weights."""
+
+import contextlib
+import gc
+
+import pytest
+
+from tests.support.torch_child import torch
+
+RUNS_IN_TORCH = True
+pytestmark = pytest.mark.torch
+
+if torch:
+    from sonicmoe import SonicMoEConfig
+    from sonicmoe.functional import clear_all_fp8_weight_caches, fp8_weights
+    from sonicmoe.gemm.plan import make_plan
+
+
+class Copies:
+    made = 0
+
+    def __init__(self, recipe):
+        Copies.made += 1
+        self.number, self.calls = Copies.made, 0
+
+    @staticmethod
+    def can_hold(w1, w2, recipe, backend):
+        return True
+
+    def current(self, w1, w2):
+        self.calls += 1
+        return self.number, self.calls
+
+
+class InTurns:
+    @contextlib.contextmanager
+    def of(self, tensor):
+        yield
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """fp8_weights of a Hopper GPU's plan."""
+    if not torch:
+        yield None
+        return
+    monkeypatch.setattr(fp8_weights, "WeightCopies", Copies)
+    monkeypatch.setattr(fp8_weights, "InTurns", InTurns)
+    clear_all_fp8_weight_caches()
+    plan = make_plan(SonicMoEConfig(use_fp8=True), "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
+    yield lambda w1, w2, plan=plan: fp8_weights.fp8_weights(w1, w2, plan)
+    clear_all_fp8_weight_caches()
+
+
+def weights(dtype="bfloat16"):
+    return [torch.zeros(size, dtype=getattr(torch, dtype)) for size in ((2, 256, 128), (2, 128, 128))]
+
+
+def test_the_same_weights_find_their_copies(ask):
+    (a, b), (c, d) = weights(), weights()
+    (first, _), (second, _) = ask(a, b), ask(c, d)
+    assert first != second and ask(a, b) == (first, 2) and ask(c, d) == (second, 2)
+    a.data = a.data.clone()  # a parameter may move; its bytes are looked at, not its place
+    assert ask(a, b) == (first, 3)
+
+
+def test_views_of_one_tensor_have_their_own(ask):
+    """As layers in one flat parameter have."""
+    flat = torch.zeros(4, 2, 256, 128, dtype=torch.bfloat16)
+    _, w2 = weights()
+    numbers = {ask(flat[layer], w2)[0] for layer in range(4)}
+    assert len(numbers) == 4 and {ask(flat[layer], w2)[0] for layer in range(4)} == numbers
+    assert ask(flat[0].permute(1, 2, 0).permute(2, 0, 1), w2)[1] == 3  # the same view made in another way
+
+
+def test_copies_go_with_their_weights(ask):
+    (a, b), (c, d) = weights(), weights()
+    ask(a, b), ask(c, d)
+    assert len(fp8_weights._kept) == 2
+    del a
+    gc.collect()
+    assert len(fp8_weights._kept) == 1
+    clear_all_fp8_weight_caches()
+    assert len(fp8_weights._kept) == 0 and ask(c, d)[1] == 1
+
+
+def test_casts_are_not_kept(ask, monkeypatch):
+    """A cast is a new tensor each time: what is kept of it would never be found again."""
+    monkeypatch.setattr(fp8_weights, "quantize_weights", lambda w1, w2, recipe, backend: (w1.dtype, w2.dtype))
+    (_, b), (c, _) = weights(), weights("float32")
+    assert ask(c, b) == ask(c, b) == (torch.bfloat16, torch.bfloat16) and len(fp8_weights._kept) == 0
