@@ -38,7 +38,7 @@ def apply_experts(x, scores, w1_EFH, w2_EHI, routing: Routing, plan: Plan, infer
     if torch.is_grad_enabled() and not inference and any(tensor.requires_grad for tensor in inputs):
         return _Experts.apply(*inputs, routing, plan)
     with torch.no_grad(), without_autocast(x):
-        return engine_forward(x, routing, _engine_weights(w1_EFH, w2_EHI, plan), plan, keep=False)[0]
+        return engine_forward(x, routing, _engine_weights(w1_EFH, w2_EHI, plan)[0], plan, keep=False)[0]
 
 
 class _Experts(torch.autograd.Function):
@@ -47,13 +47,13 @@ class _Experts(torch.autograd.Function):
         ctx.owner1 = w1 if main_grad_of("w1", w1) is not None else None
         ctx.owner2 = w2 if main_grad_of("w2", w2) is not None else None
         with without_autocast(x):
-            weights = _engine_weights(w1, w2, plan)
+            weights, still_good = _engine_weights(w1, w2, plan)
             out, saved = engine_forward(x, routing, weights, plan)
         z_parts, ctx.z_block = _apart(saved.z)
         # Weights as given: copies of them in another type are made again by backward and not kept in between.
         ctx.save_for_backward(x, w1, w2, *z_parts)
         ctx.routing, ctx.plan, ctx.scores_dtype = routing, plan, scores.dtype
-        ctx.fp8_weights = weights if weights.fp8 is not None else None
+        ctx.fp8_weights = (weights, still_good) if weights.fp8 is not None else (None, lambda: False)
         ctx.z_turns = iter((True,))
         return out
 
@@ -67,7 +67,9 @@ class _Experts(torch.autograd.Function):
         if next(ctx.z_turns, False):
             z, uses_up_z = _together(z_parts, ctx.z_block), stages(plan).DX_FIRST
         with without_autocast(x):
-            weights = ctx.fp8_weights or _engine_weights(w1, w2, plan)
+            weights, still_good = ctx.fp8_weights
+            if not still_good():
+                weights, _ = _engine_weights(w1, w2, plan)
             saved = Saved(x=x, z=z, routing=ctx.routing, weights=weights, plan=plan)
             z = None  # the engine's alone now
             dw2 = None
@@ -88,12 +90,14 @@ class _Experts(torch.autograd.Function):
         return grads.dx, ds, dw1, dw2, None, None
 
 
-def _engine_weights(w1, w2, plan: Plan) -> ExpertWeights:
+def _engine_weights(w1, w2, plan: Plan):
+    """The weights as the engine takes them, and under FP8 the question whether its copies are still these."""
     hidden, intermediate = int(w2.shape[1]), int(w2.shape[2])
     if plan.recipe is not None:
-        return ExpertWeights(None, None, fp8_weights(w1, w2, plan), hidden, intermediate)
-    storage = getattr(torch, plan.storage)
-    return ExpertWeights(w1.detach().to(storage), w2.detach().to(storage), None, hidden, intermediate)
+        fp8, still_good = fp8_weights(w1, w2, plan)
+        return ExpertWeights(None, None, fp8, hidden, intermediate), still_good
+    w1, w2 = (w.detach().to(getattr(torch, plan.storage)) for w in (w1, w2))
+    return ExpertWeights(w1, w2, None, hidden, intermediate), None
 
 
 def _apart(z):
@@ -112,9 +116,12 @@ def _together(parts, block):
 
 
 def _free(z_parts) -> None:
-    """The memory of a z that nobody will read again: the tape itself lets go of it only after the whole backward."""
+    """The memory of a z that nobody will read again: the tape itself lets go of it only after the whole backward.
+    Hooks on saved tensors may have put it into memory that it shares with others; that stays."""
     for part in z_parts:
-        part.untyped_storage().resize_(0)
+        memory = part.untyped_storage()
+        if memory.nbytes() == part.numel() * part.element_size():
+            memory.resize_(0)
 
 
 def main_grad_of(name: str, weight):

@@ -42,10 +42,12 @@ def on_stream(stream_id, tensor):
 
 
 class InTurns:
-    """Memory that calls on several streams write: each one's writing begins after the last one's."""
+    """Memory that calls on several streams write: each one's writing begins after the last one's. ``count`` tells how
+    many there were."""
 
     def __init__(self):
         self.handle = self.event = None
+        self.count = 0
 
     @contextmanager
     def of(self, tensor):
@@ -55,9 +57,12 @@ class InTurns:
         capturing = torch.cuda.is_current_stream_capturing()
         if self.handle not in (None, handle) and not capturing:
             here.wait_event(self.event)
-        yield
-        if not capturing:
-            self.handle, self.event = handle, here.record_event(self.event)
+        self.count += 1
+        try:
+            yield
+        finally:
+            if not capturing:
+                self.handle, self.event = handle, here.record_event(self.event)
 
 
 def plan_for(x, activation, config, x_name: str = "x") -> Plan:

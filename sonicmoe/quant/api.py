@@ -3,6 +3,8 @@ everywhere else. Both give the same bytes."""
 
 from importlib.util import find_spec
 
+import torch
+
 from .. import checks
 from ..launch import arch
 from . import naive
@@ -53,6 +55,7 @@ class WeightCopies:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._state = self._table = self._made = None
+        self._unfinished = False
 
     @staticmethod
     def can_hold(w1_EFH, w2_EHI, recipe: Recipe, backend: str) -> bool:
@@ -63,12 +66,19 @@ class WeightCopies:
     def current(self, w1_EFH, w2_EHI) -> QuantWeights:
         """This moment's weights, the same tensors' at each call, on the current stream."""
         weights = (w1_EFH, w2_EHI)
-        found = triton_fingerprint.fingerprint(weights, self._state, self._table, in_place=self._state is not None)
-        self._state, self._table = found.state, found.table
+        if self._state is None:
+            self._state = torch.zeros([2, 2], dtype=torch.int64, device=w1_EFH.device)
+        elif self._unfinished:
+            # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
+            self._state.zero_()
+        self._unfinished = True
+        found = triton_fingerprint.fingerprint(weights, self._state, self._table, in_place=True)
+        self._table = found.table
         made = self._made or (None, None)
         flags = [found.changed[number : number + 1] for number in (0, 1)]
         self._made = tuple(
             triton_quantize.quantize_weight(w, self.recipe.pow2, into, flag)
             for w, into, flag in zip(weights, made, flags, strict=True)
         )
+        self._unfinished = False
         return _together(*self._made, self.recipe)

@@ -33,8 +33,11 @@ class Copies:
 
 
 class InTurns:
+    count = 0
+
     @contextlib.contextmanager
     def of(self, tensor):
+        self.count += 1
         yield
 
 
@@ -46,9 +49,10 @@ def ask(monkeypatch):
         return
     monkeypatch.setattr(fp8_weights, "WeightCopies", Copies)
     monkeypatch.setattr(fp8_weights, "InTurns", InTurns)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     clear_all_fp8_weight_caches()
     plan = make_plan(SonicMoEConfig(use_fp8=True), "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
-    yield lambda w1, w2, plan=plan: fp8_weights.fp8_weights(w1, w2, plan)
+    yield lambda w1, w2: fp8_weights.fp8_weights(w1, w2, plan)[0]
     clear_all_fp8_weight_caches()
 
 
@@ -62,6 +66,22 @@ def test_the_same_weights_find_their_copies(ask):
     assert first != second and ask(a, b) == (first, 2) and ask(c, d) == (second, 2)
     a.data = a.data.clone()  # a parameter may move; its bytes are looked at, not its place
     assert ask(a, b) == (first, 3)
+
+
+def test_one_weight_beside_two_others(ask):
+    """Two layers that share their first weights: what one has copied must not be the other's."""
+    (a, b), (_, d) = weights(), weights()
+    assert ask(a, b)[0] != ask(a, d)[0] and ask(a, b)[1] == ask(a, d)[1] == 2
+
+
+def test_copies_say_when_another_call_came_between(ask):
+    (a, b), (c, d) = weights(), weights()
+    plan = make_plan(SonicMoEConfig(use_fp8=True), "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
+    _, still_good = fp8_weights.fp8_weights(a, b, plan)
+    ask(c, d)
+    assert still_good()
+    ask(a, b)
+    assert not still_good()
 
 
 def test_views_of_one_tensor_have_their_own(ask):
@@ -80,6 +100,9 @@ def test_copies_go_with_their_weights(ask):
     del a
     gc.collect()
     assert len(fp8_weights._kept) == 1
+    ask(c, b), ask(c, b.clone())  # with others that live no longer than the call
+    gc.collect()
+    assert [len(others) for others in fp8_weights._kept.values()] == [2]
     clear_all_fp8_weight_caches()
     assert len(fp8_weights._kept) == 0 and ask(c, d)[1] == 1
 

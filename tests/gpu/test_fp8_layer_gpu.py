@@ -74,6 +74,21 @@ def test_copies_follow_the_weights(config, change):
         assert all(torch.equal(again[name], before[name]) for name in NAMES)
 
 
+def test_backward_sees_weights_that_came_back(config):
+    """Other weights for one forward, between another forward and its backward."""
+    moe, x, dout = layer()
+    expected = step(moe, x, dout, config=config)
+    with config.activate():
+        out, _ = moe(x)
+        kept = moe.c_proj.weight.detach().clone()
+        moe.c_proj.weight.data.mul_(-3.0)
+        with torch.no_grad():
+            moe(x)
+        moe.c_proj.weight.data.copy_(kept)
+        found = torch.autograd.grad(out, [x, *moe.parameters()], dout)
+    assert all(torch.equal(one, expected[name]) for one, name in zip(found, NAMES[1:], strict=True))
+
+
 def test_copies_are_shared_and_go_with_their_weights(config):
     functional.clear_all_fp8_weight_caches()
     moe, x, dout = layer()

@@ -281,6 +281,14 @@ def check_weight_copies(device):
     require("w1 changed")
     w1.copy_(first)
     require("w1 as it was at first")
+    # A call that is cut off between looking and copying, the very first one and a later one.
+    for cut in (copies, api.WeightCopies(recipe)):
+        copies = cut
+        w2.add_(1.0)
+        cut_off = mock.patch.object(triton_quantize, "quantize_weight", side_effect=MemoryError)
+        with cut_off, contextlib.suppress(MemoryError):
+            copies.current(w1, w2)
+        require("after a call that failed")
     return found
 
 
