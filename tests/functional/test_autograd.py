@@ -221,6 +221,27 @@ def using_up_z(monkeypatch):
     monkeypatch.setattr(naive, "down_projection_backward", consume)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_used_up_z_is_freed_where_its_memory_is_its_own(alone, monkeypatch):
+    """Hooks may have put it into memory that holds other tensors too."""
+    using_up_z(monkeypatch)
+    monkeypatch.setattr(naive, "DX_FIRST", True)
+    problem, saved = oracle.make(dtype="bfloat16"), []
+
+    def pack(tensor):
+        if not alone:
+            room = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype)
+            room[: tensor.numel()] = tensor.detach().flatten()
+            tensor = room[: tensor.numel()].view(tensor.shape)
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward(problem)
+    out.backward(problem.dout)
+    assert [tensor.untyped_storage().nbytes() == 0 for tensor in saved].count(True) == int(alone)
+
+
 @pytest.mark.parametrize("how", ["read", "used up", "used up and freed"])
 def test_second_backward_over_a_retained_graph(how, monkeypatch):
     if how != "read":
