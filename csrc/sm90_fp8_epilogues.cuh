@@ -113,8 +113,8 @@ __device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, 
 template <bool kClamp>
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
   if constexpr (kClamp) {
-    gate = gate > clamp ? clamp : gate;  // not fminf: a NaN stays
-    up = up > clamp ? clamp : up < -clamp ? -clamp : up;
+    gate = at_most(gate, clamp);
+    up = -at_most(-at_most(up, clamp), clamp);
   }
   return gate * sigmoid(gate) * up;
 }

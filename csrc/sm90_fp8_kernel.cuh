@@ -9,7 +9,8 @@ namespace sonicmoe::sm90 {
 // Scales of this thread's rows, where rows are tokens.
 template <class Kind>
 __device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& p, const Lane& me, const Unit& unit) {
-  const int first = unit.row + me.tile_row(), second = first + 8;
+  const int first = unit.row + (Kind::kNeighbours ? me.group * 64 + me.token(0) : me.tile_row());
+  const int second = first + (Kind::kNeighbours ? 1 : 8);
   TokenRowScales<Kind> scales;
   scales.tokens = p.a_scale;
   scales.weights = p.b_scale;
@@ -37,30 +38,24 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
       sum_steps(ring, me, stage, unit, scales, total);
       store_wgrad(p, me, unit, total);
     }
-  } else if constexpr (Kind::kTransposed) {
-    const int blocks = p.depth / kTile;
-    for (uint32_t round = 0; units.next(unit); round ^= 1) {
-      const TokenInput input = begin_gradient(p, maps, shared, me, unit);
-      const int64_t column = unit.expert * (p.width / kTile) + unit.column / kTile;
-      WeightRowScales scales(p.b_scale + column * blocks, blocks, me);
-      sum_steps(ring, me, stage, unit, scales, total);
-      store_gradient(p, maps, shared, me, unit, input, round, total[0]);
-    }
   } else {
+    TokenInput input;
     bool more = units.next(unit);
     TokenRowScales<Kind> scales;
     if (more) scales = token_row_scales<Kind>(p, me, unit);
-    while (more) {
+    for (int round = 0; more; round ^= 1) {
+      if constexpr (Kind::kNeighbours) input = begin_gradient(p, maps, shared, me, unit);
       sum_steps(ring, me, stage, unit, scales, total);
       // The next unit's scales are under way while this one is stored.
       const Unit done = unit;
       more = units.next(unit);
       if (more) scales = token_row_scales<Kind>(p, me, unit);
-      uint8_t* out = shared.out.at[me.group];
-      if constexpr (Kind::kGather) {
-        store_up<Kind>(p, maps, out, me, done, total);
+      if constexpr (Kind::kNeighbours) {
+        store_gradient(p, maps, shared, me, done, input, round, total[0]);
+      } else if constexpr (Kind::kGather) {
+        store_up<Kind>(p, maps, shared.out.at[me.group], me, done, total);
       } else {
-        store_rows(p, maps, out, me, done, total);
+        store_rows(p, maps, shared.out.at[me.group], me, done, total);
       }
     }
   }
@@ -74,6 +69,7 @@ __device__ void run_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shar
   static_assert(kLoader % 8 == 0 && kMultiplier % 8 == 0, "registers come in eights");
   const int rank = static_cast<int>(cluster_rank()), thread = threadIdx.x;
   if (thread == 0) make_barriers(shared);
+  if constexpr (Kind::kAlongBytes != 0) clear_blocks(shared.blocks.at[0], thread);
   __syncthreads();
   cluster_sync();
   if (thread < 128) {

@@ -24,36 +24,39 @@ constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has as
 
 // What a GEMM is made of.
 //   kGather         tokens are gathered row by row; a unit's rows are tokens
-//   kTransposed     ... and are the columns of the product, so that what a thread holds of a row follows the tokens
-//   kStrips         scales of A's rows come with every step; kColumnStrips likewise of B's
+//   kNeighbours     ... of which a thread's two, 8 rows apart, are such as follow each other
+//   kStrips         scales of both operands come with every step, one for each row and column
 //   kRowTiles       tiles that a block makes at once, one below the other; kColumnTiles likewise side by side
-//   kOutBytes       room for each warpgroup's results
+//   kOutBytes       room for each warpgroup's results; kAlongBytes for those that both make together
 //   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
-  static constexpr bool kGather = false, kTransposed = false, kStrips = false, kColumnStrips = false;
-  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kOutBytes = 32 * 1024, kLoaderRegisters = 40;
+  static constexpr bool kGather = false, kNeighbours = false, kStrips = false;
+  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct UpKind {
-  static constexpr bool kGather = true, kTransposed = false, kStrips = false, kColumnStrips = false, kClamp = kClamp_;
-  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kOutBytes = 16 * 1024, kLoaderRegisters = 40;
+  static constexpr bool kGather = true, kNeighbours = false, kStrips = false, kClamp = kClamp_;
+  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
-  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kOutBytes = 40 * 1024, kLoaderRegisters = 56;
-  static constexpr bool kWide = false;
+  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kClamp = kClamp_, kWide = false;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 48 * 1024;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
-  static constexpr bool kGather = true, kTransposed = true, kStrips = false, kColumnStrips = true, kClamp = kClamp_;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 5, kOutBytes = 16 * 1024, kLoaderRegisters = 56;
-  static constexpr bool kWide = true;
+  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kClamp = kClamp_, kWide = true;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 5, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
 };
 struct WgradKind {
-  static constexpr bool kGather = false, kTransposed = false, kStrips = true, kColumnStrips = true;
-  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kOutBytes = 0, kLoaderRegisters = 40;
+  static constexpr bool kGather = false, kNeighbours = false, kStrips = true;
+  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 0, kAlongBytes = 0;
 };
 template <class Kind>
 constexpr int kTiles = Kind::kRowTiles * Kind::kColumnTiles;
@@ -62,10 +65,10 @@ struct Maps {
   CUtensorMap a, b, d, e, z, dt;
 };
 
-// What the epilogue of down_backward keeps beside the sums: by token, for each warpgroup.
-struct Tokens {
-  float z_scale[kTile], score[kTile], inverse[kTile];
-  float largest[4][kTile], product[4][kTile];  // by warp
+// Blocks along tokens in the epilogue of down_backward: the columns of dz's gates, of its ups, and of p*a.
+struct Blocks {
+  uint32_t largest[2][3][kTile];  // of this unit, and zeros for the next; magnitudes, whose bits are in their order
+  float inverse[3][kTile];        // of the scales
 };
 
 // A number that all lanes of a warp have, and of which the compiler shall know it: there are registers and instructions
@@ -88,9 +91,10 @@ struct alignas(1024) Shared {
   uint8_t a[Kind::kStages][kABytes];
   uint8_t b[Kind::kStages][kBBytes];
   Array<uint8_t[Kind::kOutBytes == 0 ? 1 : Kind::kOutBytes], Kind::kOutBytes == 0 ? 0 : kMultipliers> out;
+  Array<uint8_t[kOperandBytes], Kind::kAlongBytes / kOperandBytes> along;
   Array<float[Kind::kRowTiles * kTile], Kind::kStrips ? Kind::kStages : 0> a_strip;
-  Array<float[kTile], Kind::kColumnStrips ? Kind::kStages : 0> b_strip;
-  Array<Tokens, Kind::kTransposed ? kMultipliers : 0> tokens;
+  Array<float[kTile], Kind::kStrips ? Kind::kStages : 0> b_strip;
+  Array<Blocks, Kind::kAlongBytes == 0 ? 0 : 1> blocks;
   uint64_t full[Kind::kStages];
   uint64_t empty[Kind::kStages];
   uint64_t z_full[kMultipliers];
@@ -254,21 +258,15 @@ __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind
   }
 }
 
-// Which of 16 tokens is column ``n`` of a transposed product: of these columns a thread holds 2q, 2q + 1, 8 + 2q and
-// 9 + 2q, and so it holds four tokens that follow each other.
-__device__ __forceinline__ int token_of_column(int n) { return n % 8 / 2 * 4 + n / 8 * 2 + n % 2; }
-
-// Four warps. Each thread copies an eighth of eight tokens and brings one token's scale; the first one also loads this
-// block's half of the weights for both.
+// Four warps. Each thread copies an eighth of eight tokens; the first one also loads this block's half of the weights for
+// both.
 template <class Kind>
 __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank, int thread) {
   constexpr int kRows = 8, kApart = kTile / kRows;
-  const int piece = thread % 8, first = thread / 8, blocks = p.depth / kTile;
+  const int piece = thread % 8, first = thread / 8;
   // The swizzle depends on the row's last three bits, which all eight rows have in common.
   const int target = first * kTile + ((piece ^ (first % 8)) * 16);
-  // Of each 16 tokens, and of all 128.
-  const int from = Kind::kTransposed ? token_of_column(first) : first;
-  const int scale_from = thread / 16 * 16 + token_of_column(thread % 16);
+  const int from = Kind::kNeighbours ? first % 8 * 2 + first / 8 : first;  // of each 16 tokens
   Units<Kind> units(p, rank);
   Stage<Kind> stage, landing;
   int in_flight = 0;
@@ -285,21 +283,14 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       const int row = unit.row + from + i * kApart;
       token[i] = p.scatter[row] < p.n_slots ? p.gather[row] : -1;
     }
-    const float* scale = nullptr;
-    if constexpr (Kind::kColumnStrips) {
-      const int64_t token = p.gather[unit.row + scale_from];
-      scale = p.a_scale + token * blocks;
-    }
     const int weight_row = unit.expert * p.width + unit.column + rank * (kTile / 2);
 #pragma unroll 1
     for (int step = 0; step < unit.steps; ++step, stage.advance()) {
       const int s = stage.index;
-      uint8_t* tokens = Kind::kTransposed ? shared.b[s] : shared.a[s];
-      uint8_t* weights = Kind::kTransposed ? shared.a[s] : shared.b[s];
       barrier_wait(&shared.empty[s], stage.round ^ 1);
       if (thread == 0) {
         barrier_expect(&shared.full[s], kTiles<Kind> * kOperandBytes);
-        uint8_t* half = weights + rank * (kOperandBytes / 2);
+        uint8_t* half = shared.b[s] + rank * (kOperandBytes / 2);
         for (int tile = 0; tile < kTiles<Kind>; ++tile) {
           tensor_load_multicast(maps.b, &shared.full[s], half + tile * kOperandBytes, step * kTile,
                                 weight_row + tile * kTile, 3);
@@ -308,9 +299,8 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       const uint8_t* source = static_cast<const uint8_t*>(p.a) + step * kTile + piece * 16;
       for (int i = 0; i < kRows; ++i) {
         const int t = opaque(token[i]);  // addresses of all rows at once would take two registers each
-        async_copy(tokens + target + i * kApart * kTile, source + int64_t{max(t, 0)} * p.depth, t >= 0);
+        async_copy(shared.a[s] + target + i * kApart * kTile, source + int64_t{max(t, 0)} * p.depth, t >= 0);
       }
-      if constexpr (Kind::kColumnStrips) async_copy(&shared.b_strip.at[s][thread], scale + step);
       async_copy_commit();
       if (++in_flight == kInFlight) {
         async_copy_wait<kInFlight - 1>();
@@ -334,6 +324,7 @@ struct Lane {
   __device__ int tile_row() const { return group * 64 + row(); }  // of the block's tile
   __device__ int number() const { return warp * 32 + lane; }
   __device__ bool leads() const { return number() == 0; }
+  __device__ int token(int below) const { return warp * 16 + lane / 4 * 2 + below; }  // where rows are neighbours
 };
 
 // Scales of a tile's steps. Those in global memory are asked for long before they are used, some steps at a time: each
@@ -374,22 +365,6 @@ struct TokenRowScales {
     return make_float2(__shfl_sync(0xffffffff, here[tile].x, from), __shfl_sync(0xffffffff, here[tile].y, from));
   }
 };
-struct WeightRowScales {
-  static constexpr int kAtOnce = 32;
-  const float* weights;
-  int steps, lane;
-  float here, next;
-  __device__ WeightRowScales(const float* w, int n, const Lane& me) : weights(w), steps(n), lane(me.lane) { ask(0); }
-  __device__ void ask(int first) { next = __ldg(weights + min(first + lane, steps - 1)); }
-  __device__ float2 rows(int step, int, Address) {
-    if (step % kAtOnce == 0) {
-      here = next;
-      ask(step + kAtOnce);
-    }
-    const float scale = __shfl_sync(0xffffffff, here, step % kAtOnce);
-    return make_float2(scale, scale);
-  }
-};
 struct StripScales {
   int first;
   __device__ explicit StripScales(const Lane& me) : first(me.tile_row()) {}
@@ -420,9 +395,8 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
                                           Scales& scales, float (&total)[kTiles<Kind>][64]) {
-  // Scales of columns are in registers before the products are waited for, as many pairs as there is room for.
-  constexpr int kPairs = !Kind::kColumnStrips ? 1 : kTiles<Kind> == 1 ? 16 : 8;
-  constexpr bool kLate = Kind::kColumnStrips && kPairs < 16;
+  // Of the scales of columns as many pairs as there is room for are in registers before the products are waited for.
+  constexpr int kPairs = 8;
 #pragma unroll
   for (int tile = 0; tile < kTiles<Kind>; ++tile) {
 #pragma unroll
@@ -431,7 +405,7 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   if (unit.steps == 0) return;
   const bool both = kTiles<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
   float part[64];
-  float2 row, column[kPairs];
+  float2 row, column[Kind::kStrips ? kPairs : 1];
   auto begin = [&](int step, int tile) {
     const int s = stage.index;
     if (tile == 0) barrier_wait(ring.full(s), stage.round);
@@ -441,42 +415,30 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     if (me.lane == 0) barrier_arrive(ring.turn(1 - me.group));
     stage.turn ^= 1;
     row = scales.rows(step, tile, Kind::kStrips ? ring.a_strip(s) : 0);
-    if constexpr (Kind::kColumnStrips) {
+    if constexpr (Kind::kStrips) {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
-    }
-    // Weights as rows have one scale for all: then it goes with the columns', while the products are under way.
-    if constexpr (Kind::kTransposed) {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) column[j] = make_float2(column[j].x * row.x, column[j].y * row.x);
     }
   };
   auto finish = [&](int tile, bool last) {
     product_wait();
     pin(part);
-    if (!kLate && last) release(ring, me, stage.index);
+    if (!Kind::kStrips && last) release(ring, me, stage.index);
     float(&sum)[64] = total[tile];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       float2 by = make_float2(1.0f, 1.0f);
-      if constexpr (Kind::kColumnStrips) {
+      if constexpr (Kind::kStrips) {
         by = column[j % kPairs];
         const int next = j + kPairs;
         if (next < 16) column[j % kPairs] = load_two(ring.b_strip(stage.index) + me.quad() * 8 + next * 32);
-      }
-      if constexpr (Kind::kTransposed) {
-        sum[4 * j] = fmaf(part[4 * j], by.x, sum[4 * j]);
-        sum[4 * j + 1] = fmaf(part[4 * j + 1], by.y, sum[4 * j + 1]);
-        sum[4 * j + 2] = fmaf(part[4 * j + 2], by.x, sum[4 * j + 2]);
-        sum[4 * j + 3] = fmaf(part[4 * j + 3], by.y, sum[4 * j + 3]);
-        continue;
       }
       sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
       sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);
       sum[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, sum[4 * j + 2]);
       sum[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, sum[4 * j + 3]);
     }
-    if (kLate && last) release(ring, me, stage.index);
+    if (Kind::kStrips && last) release(ring, me, stage.index);
   };
   begin(0, 0);
 #pragma unroll 1

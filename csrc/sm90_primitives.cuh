@@ -106,6 +106,9 @@ __device__ __forceinline__ void warpgroup_sync(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 
+// All threads of this block that multiply.
+__device__ __forceinline__ void multipliers_sync(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
+
 // ---- Copies
 
 // A box of a two-dimensional tensor to this block, or to the same place in each block of ``mask``.
@@ -156,10 +159,6 @@ __device__ __forceinline__ void async_copy(void* target, const void* source, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
                "r"(real ? 16 : 0)
                : "memory");
-}
-
-__device__ __forceinline__ void async_copy(float* target, const float* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(source) : "memory");
 }
 
 __device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -247,8 +246,8 @@ __device__ __forceinline__ void store_matrices_transposed(Address row, const uin
                "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
-__device__ __forceinline__ void load_matrices_transposed(Address row, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+__device__ __forceinline__ void load_matrices(Address row, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(row)
                : "memory");
@@ -261,6 +260,13 @@ __device__ __forceinline__ float sigmoid(float x) {
   float power, found;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(1.0f + power));
+  return found;
+}
+
+// The smaller one. Unlike fminf it keeps a NaN.
+__device__ __forceinline__ float at_most(float x, float bound) {
+  float found;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(x), "f"(bound));
   return found;
 }
 

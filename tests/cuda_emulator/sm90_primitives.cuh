@@ -47,7 +47,6 @@ namespace emulator {
 struct Copy {
   void* target;
   const void* source;
-  int bytes;
   bool real;
 };
 struct Product {
@@ -272,6 +271,15 @@ template <class T>
 T __shfl_sync(uint32_t, T value, int lane) {
   return static_cast<T>(emulator::exchange(static_cast<uint64_t>(value), lane));
 }
+inline uint32_t atomicMax(uint32_t* place, uint32_t value) {
+  const uint32_t before = *place;
+  *place = std::max(before, value);
+  return before;
+}
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = x | static_cast<uint64_t>(y) << 32;
@@ -323,6 +331,8 @@ inline void barrier_wait(Address barrier, uint32_t parity) {
 }
 inline void warpgroup_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 128); }
 
+inline void multipliers_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 256); }
+
 inline void tensor_load(const CUtensorMap& map, uint64_t* barrier, void* target, int x, int y) {
   cluster->loads.push_back([=, &map] {
     emulator::box_to_shared(map, static_cast<uint8_t*>(target), x, y);
@@ -358,10 +368,7 @@ void store_wait_read() {
 inline void store_wait() { store_wait_read<0>(); }
 
 inline void async_copy(void* target, const void* source, bool real) {
-  cluster->current->open.push_back({target, source, 16, real});
-}
-inline void async_copy(float* target, const float* source) {
-  cluster->current->open.push_back({target, source, 4, true});
+  cluster->current->open.push_back({target, source, real});
 }
 inline void async_copy_commit() {
   cluster->current->groups.push_back(std::move(cluster->current->open));
@@ -373,9 +380,9 @@ void async_copy_wait() {
   for (; static_cast<int>(groups.size()) > kPending; groups.pop_front()) {
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.real) {
-        std::memcpy(copy.target, copy.source, copy.bytes);
+        std::memcpy(copy.target, copy.source, 16);
       } else {
-        std::memset(copy.target, 0, copy.bytes);
+        std::memset(copy.target, 0, 16);
       }
     }
   }
@@ -419,14 +426,14 @@ inline void store_matrices_transposed(Address row, const uint32_t (&v)[4]) {
     }
   }
 }
-inline void load_matrices_transposed(Address row, uint32_t (&v)[4]) {
+inline void load_matrices(Address row, uint32_t (&v)[4]) {
   const int lane = cluster->current->thread % 32;
   for (int matrix = 0; matrix < 4; ++matrix) {
-    v[matrix] = 0;
-    for (int k = 0; k < 2; ++k) v[matrix] |= uint32_t{*matrix_value(row, matrix, lane % 4 * 2 + k, lane / 4)} << 16 * k;
+    std::memcpy(&v[matrix], matrix_value(row, matrix, lane / 4, lane % 4 * 2), 4);
   }
 }
 
+inline float at_most(float x, float bound) { return x > bound ? bound : x; }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 inline uint32_t to_e4m3(float low, float high) {
