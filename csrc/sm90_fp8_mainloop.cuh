@@ -104,10 +104,12 @@ struct alignas(1024) Shared {
 // The ring of stages as the loop that multiplies sees it: places worked out once.
 template <class Kind>
 struct Ring {
-  Address base;
+  Address base, my_turn, other_turn;  // of this warpgroup at the tensor cores, and of the other one
   Operand first_a, first_b;
   __device__ Ring(Shared<Kind>& shared, int group)
       : base(uniform(opaque(shared_address(&shared)))),
+        my_turn(uniform(base + offsetof(Shared<Kind>, turn) + group * sizeof(uint64_t))),
+        other_turn(uniform(base + offsetof(Shared<Kind>, turn) + (1 - group) * sizeof(uint64_t))),
         first_a(operand(base + offsetof(Shared<Kind>, a) + group * (kOperandBytes / 2))),
         first_b(operand(base + offsetof(Shared<Kind>, b))) {}
   __device__ Operand a(int s, int tile) const {
@@ -118,7 +120,6 @@ struct Ring {
   }
   __device__ Address full(int s) const { return base + offsetof(Shared<Kind>, full) + s * sizeof(uint64_t); }
   __device__ Address empty(int s) const { return base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t); }
-  __device__ Address turn(int group) const { return base + offsetof(Shared<Kind>, turn) + group * sizeof(uint64_t); }
   __device__ Address a_strip(int s) const {
     return base + offsetof(Shared<Kind>, a_strip) + s * Kind::kRowTiles * kStripBytes;
   }
@@ -395,8 +396,6 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
                                           Scales& scales, float (&total)[kTiles<Kind>][64]) {
-  // Of the scales of columns as many pairs as there is room for are in registers before the products are waited for.
-  constexpr int kPairs = 8;
 #pragma unroll
   for (int tile = 0; tile < kTiles<Kind>; ++tile) {
 #pragma unroll
@@ -405,40 +404,39 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   if (unit.steps == 0) return;
   const bool both = kTiles<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
   float part[64];
-  float2 row, column[Kind::kStrips ? kPairs : 1];
+  float2 row, column[Kind::kStrips ? 16 : 1];
   auto begin = [&](int step, int tile) {
     const int s = stage.index;
     if (tile == 0) barrier_wait(ring.full(s), stage.round);
     // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
-    barrier_wait(ring.turn(me.group), stage.turn ^ (me.group == 0));
+    barrier_wait(ring.my_turn, stage.turn ^ (me.group == 0));
     multiply_stage(ring, s, tile, part);
-    if (me.lane == 0) barrier_arrive(ring.turn(1 - me.group));
+    if (me.lane == 0) barrier_arrive(ring.other_turn);
     stage.turn ^= 1;
     row = scales.rows(step, tile, Kind::kStrips ? ring.a_strip(s) : 0);
+    // In registers before the products are waited for, and there for the other tile: a load of them takes as long from
+    // shared memory as half of a tile's operands do.
     if constexpr (Kind::kStrips) {
+      if (tile == 0) {
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
+        for (int j = 0; j < 16; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
+      }
     }
   };
   auto finish = [&](int tile, bool last) {
     product_wait();
     pin(part);
-    if (!Kind::kStrips && last) release(ring, me, stage.index);
+    if (last) release(ring, me, stage.index);
     float(&sum)[64] = total[tile];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       float2 by = make_float2(1.0f, 1.0f);
-      if constexpr (Kind::kStrips) {
-        by = column[j % kPairs];
-        const int next = j + kPairs;
-        if (next < 16) column[j % kPairs] = load_two(ring.b_strip(stage.index) + me.quad() * 8 + next * 32);
-      }
+      if constexpr (Kind::kStrips) by = column[j];
       sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
       sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);
       sum[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, sum[4 * j + 2]);
       sum[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, sum[4 * j + 3]);
     }
-    if (Kind::kStrips && last) release(ring, me, stage.index);
   };
   begin(0, 0);
 #pragma unroll 1
