@@ -6,6 +6,8 @@ constants, each tensor's dtype and whether it begins at a multiple of 16 bytes, 
 that it looks at in an integer must be switched off in the kernel (``do_not_specialize``).
 """
 
+import sys
+
 from .launch import current_stream
 
 _compiled: dict[tuple, object] = {}
@@ -29,12 +31,24 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
     known = tuple(known)
     compiled = _compiled.get(known)
     if compiled is not None:
-        compiled[blocks, 1, 1](*operands, *constants.values(), stream=current_stream(like))
+        arguments, stream = (*operands, *constants.values()), current_stream(like)
+        if _hooked():
+            compiled[blocks, 1, 1](*arguments, stream=stream)
+        else:  # what that does, without what it prepares for hooks
+            compiled.run(
+                blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+            )
         return
     compiled = kernel[(blocks,)](*operands, **constants, **options)
     if compiled is not None:  # Triton's interpreter compiles nothing
         _require_fit(kernel, operands, constants)
         _compiled[known] = compiled
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler for one, wants to hear of launches."""
+    runtime = sys.modules["triton.knobs"].runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def _require_fit(kernel, operands: tuple, constants: dict) -> None:

@@ -1,5 +1,6 @@
 """The shortcut around Triton's launcher: when it is taken, with what, and what it refuses."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,23 @@ if torch:
 
 
 class Compiled:
+    """As Triton's: started by hand, or by Triton's own runner."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self):
-        self.started = []
+        self.started, self.heard = [], 0
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        assert (function, metadata, launch_metadata, enter, leave) == ("function", "metadata", None, None, None)
+        self.started.append(((x, y, z), args, stream))
 
     def __getitem__(self, grid):
-        return lambda *args, stream: self.started.append((grid, args, stream))
+        def runner(*args, stream):
+            self.started.append((grid, args, stream))
+            self.heard += 1
+
+        return runner
 
 
 class Kernel:
@@ -45,6 +58,8 @@ def no_device(monkeypatch):
     if not torch:
         return
     monkeypatch.setattr(triton_launch, "_compiled", {})
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
+    monkeypatch.setitem(sys.modules, "triton.knobs", SimpleNamespace(runtime=hooks))
     monkeypatch.setattr(triton_launch, "current_stream", lambda tensor: 7)
 
 
@@ -57,6 +72,16 @@ def test_a_second_launch_starts_what_was_compiled():
     assert len(kernel.made) == 1
     grid, args, stream = started
     assert grid == (9, 1, 1) and args[0] is y and args[1] is x and args[2:] == (16, 4) and stream == 7
+
+
+def test_who_listens_to_launches_hears_of_them():
+    kernel, arguments = Kernel(), ((torch.zeros(8), torch.ones(8), 5), {"WIDTH": 4})
+    for _ in range(2):
+        triton_launch.launch(kernel, 3, *arguments)
+    assert kernel.made[0].heard == 0
+    sys.modules["triton.knobs"].runtime.launch_exit_hook.calls.append(print)
+    triton_launch.launch(kernel, 3, *arguments)
+    assert kernel.made[0].heard == 1 and len(kernel.made[0].started) == 2
 
 
 def first_call(y=None, n=5, WIDTH=4, num_warps=2):
