@@ -268,27 +268,33 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
   // The swizzle depends on the row's last three bits, which all eight rows have in common.
   const int target = first * kTile + ((piece ^ (first % 8)) * 16);
   const int from = Kind::kNeighbours ? first % 8 * 2 + first / 8 : first;  // of each 16 tokens
+  const Address base = uniform(opaque(shared_address(&shared)));
+  const uint32_t pieces = p.depth / 16;
   Units<Kind> units(p, rank);
   Stage<Kind> stage, landing;
   int in_flight = 0;
   auto land = [&] {
     fence_for_async_reads();
     __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(&shared.full[landing.index]);
+    if (thread % 32 == 0) barrier_arrive(base + offsetof(Shared<Kind>, full) + landing.index * sizeof(uint64_t));
     landing.advance();
   };
   Unit unit;
   while (units.next(unit)) {
-    int token[kRows];  // -1 for a pad, which is filled with zeros, whatever token 0 holds
+    // Where each row's piece lies, in pieces: half the registers of an address, of which there are 2^32 at 64 GB.
+    uint32_t place[kRows], real = 0;  // a bit for each row: pads are filled with zeros, whatever token 0 holds
     for (int i = 0; i < kRows; ++i) {
       const int row = unit.row + from + i * kApart;
-      token[i] = p.scatter[row] < p.n_slots ? p.gather[row] : -1;
+      const bool is_real = p.scatter[row] < p.n_slots;
+      real |= (is_real ? 1u : 0u) << i;
+      place[i] = (is_real ? p.gather[row] : 0) * pieces + piece;
     }
     const int weight_row = unit.expert * p.width + unit.column + rank * (kTile / 2);
+    const uint8_t* source = static_cast<const uint8_t*>(p.a);
 #pragma unroll 1
-    for (int step = 0; step < unit.steps; ++step, stage.advance()) {
+    for (int step = 0; step < unit.steps; ++step, stage.advance(), source += kTile) {
       const int s = stage.index;
-      barrier_wait(&shared.empty[s], stage.round ^ 1);
+      barrier_wait(base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t), stage.round ^ 1);
       if (thread == 0) {
         barrier_expect(&shared.full[s], kTiles<Kind> * kOperandBytes);
         uint8_t* half = shared.b[s] + rank * (kOperandBytes / 2);
@@ -297,10 +303,11 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
                                 weight_row + tile * kTile, 3);
         }
       }
-      const uint8_t* source = static_cast<const uint8_t*>(p.a) + step * kTile + piece * 16;
+      const Address to = base + offsetof(Shared<Kind>, a) + s * Shared<Kind>::kABytes + target;
+      const uint32_t real_now = opaque(real);
+#pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int t = opaque(token[i]);  // addresses of all rows at once would take two registers each
-        async_copy(shared.a[s] + target + i * kApart * kTile, source + int64_t{max(t, 0)} * p.depth, t >= 0);
+        async_copy(to + i * kApart * kTile, source + uint64_t{opaque(place[i])} * 16, real_now & 1u << i);
       }
       async_copy_commit();
       if (++in_flight == kInFlight) {

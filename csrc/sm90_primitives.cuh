@@ -154,11 +154,16 @@ __device__ __forceinline__ void store_wait_read() {
 // Until they are done.
 __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// 16 bytes, in the order of ordinary stores; zeros if not ``real``.
-__device__ __forceinline__ void async_copy(void* target, const void* source, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-               "r"(real ? 16 : 0)
-               : "memory");
+// 16 bytes, in the order of ordinary stores; zeros where ``real`` is 0.
+__device__ __forceinline__ void async_copy(Address target, const void* source, uint32_t real) {
+  asm volatile(
+      "{\n"
+      ".reg .pred pad;\n"
+      "setp.eq.u32 pad, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, pad;\n"
+      "}" ::"r"(target),
+      "l"(source), "r"(real)
+      : "memory");
 }
 
 __device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

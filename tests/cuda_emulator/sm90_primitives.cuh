@@ -367,8 +367,8 @@ void store_wait_read() {
 }
 inline void store_wait() { store_wait_read<0>(); }
 
-inline void async_copy(void* target, const void* source, bool real) {
-  cluster->current->open.push_back({target, source, real});
+inline void async_copy(Address target, const void* source, uint32_t real) {
+  cluster->current->open.push_back({reinterpret_cast<void*>(target), source, real != 0});
 }
 inline void async_copy_commit() {
   cluster->current->groups.push_back(std::move(cluster->current->open));
