@@ -1,20 +1,22 @@
-// The epilogue of down_backward. A warpgroup has 64 tokens, and of each one 128 columns of dA: 256 of dz, two blocks of
-// F, which lie in four lanes. The blocks along tokens, which wgrad wants, lie across both warpgroups; their largest
-// values meet in shared memory.
+// The epilogue of down_backward. A warpgroup has 128 tokens in two halves, and of each token 128 columns of dA: 256 of dz,
+// two blocks of F, which lie in four lanes. The blocks along tokens, which wgrad wants, lie across all of its warps;
+// their largest values meet in shared memory.
 //
 // dz is made twice, first to find the largest of each block, then to be written: its values for 64 sums a thread do not
 // fit into registers beside the sums. z comes and dz leaves by the tensor cores' own loads and stores of matrices; those
 // that transpose make the copies along tokens, of pairs of tokens: a thread's two rows are tokens that follow each other.
+//
+// The code for one half runs twice, and the halves change places in between: code for both would be too long to stay
+// in the instruction cache.
 #pragma once
 
 #include "sm90_fp8_epilogues.cuh"
 
 namespace sonicmoe::sm90 {
 
-constexpr int kHalves = 2;                        // blocks of F in a warpgroup's rows
-constexpr int kHalfBytes = kOperandBytes / 2;     // of z: 64 tokens of one block
-constexpr int kBlocksAlong = 3 * kTile;           // gates, ups, p*a
-constexpr int kTogether = 3;                      // the barrier of both warpgroups
+constexpr int kFBlocks = 2;                    // blocks of F in a warpgroup's rows
+constexpr int kHalfBytes = kOperandBytes / 2;  // of z: 64 tokens of one block of F
+constexpr int kBlocksAlong = 3 * kTile;        // gates, ups, p*a
 
 struct Gradient {
   float gate, up, activated;
@@ -58,52 +60,72 @@ __device__ __forceinline__ float quad_sum(float value) {
   return value + __shfl_xor_sync(0xffffffff, value, 2);
 }
 
-__device__ __forceinline__ void clear_blocks(Blocks& blocks, int thread) {
-  for (int i = thread; i < 2 * kBlocksAlong; i += kThreads) (&blocks.largest[0][0][0])[i] = 0;
+__device__ __forceinline__ void clear_blocks(Blocks (&blocks)[kMultipliers], int thread) {
+  for (int i = thread; i < kMultipliers * kBlocksAlong; i += kThreads) {
+    (&blocks[i / kBlocksAlong].largest[0][0])[i % kBlocksAlong] = 0;
+  }
 }
 
-// What the epilogue needs of this thread's two tokens, asked for before the products.
-struct TokenInput {
-  float z_scale[2][kHalves], score[2];
-};
-
+// z of a unit, once the stores from the same memory have read it, and what its tokens have.
 template <class Kind>
-__device__ __forceinline__ TokenInput begin_gradient(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared,
-                                                     const Lane& me, const Unit& unit) {
-  const int f = 2 * unit.column, first = unit.row + 64 * me.group;
+__device__ __forceinline__ void ask_for_z(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
+                                          const Unit& unit) {
   if (me.leads()) {
     store_wait_read<0>();
-    barrier_expect(&shared.z_full[me.group], kOperandBytes);
-    for (int half = 0; half < kHalves; ++half) {
-      uint8_t* z = shared.out.at[me.group] + half * kHalfBytes;
-      tensor_load(maps.z, &shared.z_full[me.group], z, f + half * kTile, first);
+    barrier_expect(&shared.z_full[me.group], kFBlocks * kOperandBytes);
+    for (int block = 0; block < kFBlocks; ++block) {
+      uint8_t* z = shared.out.at[me.group] + block * kOperandBytes;
+      tensor_load(maps.z, &shared.z_full[me.group], z, 2 * unit.column + block * kTile, unit.row);
     }
   }
-  TokenInput found;
+  Tokens& tokens = shared.tokens.at[me.group];
+  const int64_t row = unit.row + me.number();
+  tokens.scales[me.number()] = static_cast<uint32_t>(p.gather[row]) * unit.steps;
+  tokens.score[me.number()] = p.score[p.scatter[row]];
+#pragma unroll
+  for (int block = 0; block < kFBlocks; ++block) {
+    tokens.z_scale[block][me.number()] = p.z_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block];
+  }
+  warpgroup_sync(1 + me.group);
+}
+
+// Of this thread's two tokens of one half.
+struct Pair {
+  float z_scale[2][kFBlocks], score[2];
+};
+
+__device__ __forceinline__ Pair pair_of(const Tokens& tokens, int first) {
+  Pair found;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    const int64_t row = first + me.token(below);
-    found.score[below] = p.score[p.scatter[row]];
+    found.score[below] = tokens.score[first + below];
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      found.z_scale[below][half] = p.z_scale[row * (2 * p.width / kTile) + f / kTile + half];
-    }
+    for (int block = 0; block < kFBlocks; ++block) found.z_scale[below][block] = tokens.z_scale[block][first + below];
   }
   return found;
 }
 
+__device__ __forceinline__ void exchange_halves(float (&total)[2][64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    const float kept = total[0][i];
+    total[0][i] = total[1][i];
+    total[1][i] = kept;
+  }
+}
+
 // ---- A thread's sums, sixteen columns at a time, of which it has two and two, for two tokens.
 
-// The row of 16 bytes of z that this lane names to the matrix instructions: eight pairs of a token, for columns
-// 8j and the eight after them, of upper tokens and of lower ones in turns.
+// The row of 16 bytes of a half's z that this lane names to the matrix instructions: eight pairs of a token, for
+// columns 8j and the eight after them, of upper tokens and of lower ones in turns.
 __device__ __forceinline__ Address pairs_place(Address z, const Lane& me, int j) {
   const int token = me.warp * 16 + me.lane % 8 * 2 + me.lane / 8 % 2;
-  return z + j / 8 * kHalfBytes + swizzled(token, 16 * (j % 8 + me.lane / 16));
+  return z + j / 8 * kOperandBytes + swizzled(token, 16 * (j % 8 + me.lane / 16));
 }
 
 // Calls use(next, below, b, gradient, dA without the score) for columns 8 (j + next) + 2 quad + b.
 template <class Kind, class Use>
-__device__ __forceinline__ void for_sixteen(const Fp8Gemm& p, const TokenInput& input, Address z, const Lane& me, int j,
+__device__ __forceinline__ void for_sixteen(const Fp8Gemm& p, const Pair& input, Address z, const Lane& me, int j,
                                             const float (&total)[64], Use use) {
   uint32_t pairs[4];
   load_matrices(pairs_place(z, me, j), pairs);
@@ -123,30 +145,21 @@ __device__ __forceinline__ void for_sixteen(const Fp8Gemm& p, const TokenInput& 
   }
 }
 
-// What a first look finds. By token and block of F: dz's largest and the part of <dA, a>. Along tokens, of this warp: the
-// largest of one column in each quarter of them, number lane / 4 of the eight that the quarter has of this quad.
+// What a first look finds by token and block of F: dz's largest and the part of <dA, a>.
 struct Survey {
-  float row[2][kHalves] = {}, product[2][kHalves] = {}, column[3][4] = {};
-  __device__ bool rare() const {
-    float top = fmaxf(fmaxf(row[0][0], row[0][1]), fmaxf(row[1][0], row[1][1]));
-#pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) top = fmaxf(top, column[2][quarter]);
-    return infinite(top);
-  }
+  float row[2][kFBlocks] = {}, product[2][kFBlocks] = {};
 };
 
+// The column of which this lane has the largest, of the eight that each quarter of them has of its quad; see fold_lanes.
 __device__ __forceinline__ int column_of(const Lane& me, int quarter) {
   return 32 * quarter + me.lane / 8 * 8 + 2 * me.quad() + me.lane / 4 % 2;
 }
 
-template <bool kRare>
-__device__ __forceinline__ float tamed(float value) {
-  if constexpr (kRare) return without_inf(value);
-  return value;
-}
+// An Inf as a NaN: see without_inf. One instruction and no comparison: 0 times a number adds nothing.
+__device__ __forceinline__ float tamed(float value) { return fmaf(value, 0.0f, value); }
 
-template <class Kind, bool kRare>
-__device__ __forceinline__ Survey survey(const Fp8Gemm& p, const TokenInput& input, Address z, const Lane& me,
+template <class Kind>
+__device__ __forceinline__ Survey survey(const Fp8Gemm& p, const Pair& input, Blocks* blocks, Address z, const Lane& me,
                                          const float (&total)[64]) {
   Survey found;
 #pragma unroll
@@ -158,35 +171,36 @@ __device__ __forceinline__ Survey survey(const Fp8Gemm& p, const TokenInput& inp
     for (int pair = 0; pair < 2; ++pair) {
       const int j = 4 * quarter + 2 * pair;
       for_sixteen<Kind>(p, input, z, me, j, total, [&](int next, int below, int b, const Gradient& g, float da) {
-        const int half = j / 8, n = 4 * pair + 2 * next + b;
-        found.product[below][half] = fmaf(da, g.activated, found.product[below][half]);
-        const float mine = fabsf(tamed<kRare>(g.gate)), other = fabsf(tamed<kRare>(g.up));
-        found.row[below][half] = fmaxf(found.row[below][half], fmaxf(mine, other));
+        const int block = j / 8, n = 4 * pair + 2 * next + b;
+        found.product[below][block] = fmaf(da, g.activated, found.product[below][block]);
+        const float mine = fabsf(tamed(g.gate)), other = fabsf(tamed(g.up));
+        found.row[below][block] = fmaxf(found.row[below][block], fmaxf(mine, other));
         if constexpr (!Kind::kWide) {
           gate[n] = fmaxf(gate[n], mine);
           up[n] = fmaxf(up[n], other);
-          activated[n] = fmaxf(activated[n], fabsf(tamed<kRare>(input.score[below] * g.activated)));
+          activated[n] = fmaxf(activated[n], fabsf(tamed(input.score[below] * g.activated)));
         }
       });
     }
     if constexpr (!Kind::kWide) {
-      found.column[0][quarter] = fold_lanes(gate, me.lane);
-      found.column[1][quarter] = fold_lanes(up, me.lane);
-      found.column[2][quarter] = fold_lanes(activated, me.lane);
+      const int column = column_of(me, quarter);
+      atomicMax(&blocks->largest[0][column], __float_as_uint(fold_lanes(gate, me.lane)));
+      atomicMax(&blocks->largest[1][column], __float_as_uint(fold_lanes(up, me.lane)));
+      atomicMax(&blocks->largest[2][column], __float_as_uint(fold_lanes(activated, me.lane)));
     }
   }
   return found;
 }
 
-// Scales along tokens, of the largest that both warpgroups have put together, and room for the next unit's.
-__device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, const Lane& me, const Unit& unit,
-                                             int round) {
+// Scales along tokens, of the largest that all warps have put together; these are zeros again for the next unit.
+__device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, const Lane& me, const Unit& unit) {
   const int64_t block = unit.row / kTile;
-  for (int i = me.group * 128 + me.number(); i < kBlocksAlong; i += kMultipliers * 128) {
-    const int kind = i / kTile, column = i % kTile;
-    const float scale = block_scale(__uint_as_float(blocks.largest[round][kind][column]), p.pow2);
+  const int column = me.number();
+#pragma unroll
+  for (int kind = 0; kind < 3; ++kind) {
+    const float scale = block_scale(__uint_as_float(blocks.largest[kind][column]), p.pow2);
     blocks.inverse[kind][column] = __fdiv_rn(1.0f, scale);
-    blocks.largest[round ^ 1][kind][column] = 0;
+    blocks.largest[kind][column] = 0;
     if (!unit.alive) continue;
     if (kind == 2) {
       p.e_scale[block * p.width + unit.column + column] = scale;
@@ -196,44 +210,52 @@ __device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, c
   }
 }
 
-// Writes dz over z, and what wgrad reads to ``along``, or to global memory in 16 bits.
-template <class Kind, bool kRare>
-__device__ __forceinline__ void emit(const Fp8Gemm& p, const TokenInput& input, const float (&inverse)[2][kHalves],
-                                     const Blocks* blocks, Address z, Address along, const Lane& me, const Unit& unit,
-                                     const float (&total)[64]) {
-  const int tokens = 64 * me.group + 16 * me.warp, named = me.lane / 8;
+// Of one half and one block of F, dz over z, and what wgrad reads to ``along``, or to global memory in 16 bits.
+template <class Kind, int kBlock>
+__device__ __forceinline__ void emit(const Fp8Gemm& p, const Tokens& tokens, int half, const Blocks* blocks, Address z,
+                                     Address along, const Lane& me, const Unit& unit, const float (&total)[64]) {
+  const int first = 64 * half + me.token(0), of_warp = 64 * half + 16 * me.warp, named = me.lane / 8;
+  const Pair mine = pair_of(tokens, first);
+  const float inverse[2] = {tokens.inverse[kBlock][first], tokens.inverse[kBlock][first + 1]};
   uint32_t activated[4];
 #pragma unroll
-  for (int j = 0; j < 16; j += 2) {
+  for (int j = 8 * kBlock; j < 8 * kBlock + 8; j += 2) {
     float gate[2][2][2], up[2][2][2], a[2][2][2];  // by next, below, b
-    for_sixteen<Kind>(p, input, z, me, j, total, [&](int next, int below, int b, const Gradient& g, float) {
-      gate[next][below][b] = tamed<kRare>(g.gate);
-      up[next][below][b] = tamed<kRare>(g.up);
-      a[next][below][b] = input.score[below] * g.activated;
+    for_sixteen<Kind>(p, mine, z, me, j, total, [&](int next, int below, int b, const Gradient& g, float) {
+      gate[next][below][b] = tamed(g.gate);
+      up[next][below][b] = tamed(g.up);
+      a[next][below][b] = mine.score[below] * g.activated;
     });
     uint32_t dz[4];
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-        const float by = inverse[below][j / 8];
-        const float *g = gate[next][below], *u = up[next][below];
+        const float by = inverse[below], *g = gate[next][below], *u = up[next][below];
         dz[2 * next + below] = to_e4m3(g[0] * by, u[0] * by, g[1] * by, u[1] * by);
       }
     }
     store_matrices(pairs_place(z, me, j), dz);
     if constexpr (Kind::kWide) {
-      if (!unit.alive) continue;
+      uint2 wide[2][2];
+      uint32_t wide_a[2][2];
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
-        const int column = unit.column + 8 * (j + next) + 2 * me.quad();
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-          const int64_t row = opaque(unit.row + 64 * me.group + me.token(below));
           const float *g = gate[next][below], *u = up[next][below], *v = a[next][below];
-          *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dt) + row * 2 * p.width + 2 * column) =
-              make_uint2(two(g[0], u[0], p.half), two(g[1], u[1], p.half));
-          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.e) + row * p.width + column) = two(v[0], v[1], p.half);
+          wide[next][below] = make_uint2(two(g[0], u[0], p.half), two(g[1], u[1], p.half));
+          wide_a[next][below] = two(v[0], v[1], p.half);
+        }
+      }
+      if (!unit.alive) continue;
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        const int64_t at = int64_t{opaque(unit.row + first + below)} * p.width + unit.column + 2 * me.quad();
+#pragma unroll
+        for (int next = 0; next < 2; ++next) {
+          reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dt) + 2 * at)[4 * (j + next)] = wide[next][below];
+          reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.e) + at)[4 * (j + next)] = wide_a[next][below];
         }
       }
     } else {
@@ -250,85 +272,89 @@ __device__ __forceinline__ void emit(const Fp8Gemm& p, const TokenInput& input, 
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
 #pragma unroll
-          for (int b = 0; b < 2; ++b) a[next][below][b] = tamed<kRare>(a[next][below][b]);
+          for (int b = 0; b < 2; ++b) a[next][below][b] = tamed(a[next][below][b]);
         }
         activated[j % 4 + next] = along_tokens(2, a[next]);
       }
-      const int f = 2 * (8 * (j + named / 2) + me.lane % 8) + named % 2;
-      store_matrices_transposed(along + swizzled(f, tokens), copies);
+      const int f = 2 * (8 * (j % 8 + named / 2) + me.lane % 8) + named % 2;
+      store_matrices_transposed(along + swizzled(f, of_warp), copies);
       if (j % 4 == 2) {
-        const int i = 8 * (j - 2 + named) + me.lane % 8;
-        store_matrices_transposed(along + 2 * kOperandBytes + swizzled(i, tokens), activated);
+        const int i = 8 * (j % 8 - 2 + named) + me.lane % 8;
+        store_matrices_transposed(along + kOperandBytes + swizzled(i, of_warp), activated);
       }
     }
   }
 }
 
-template <class Kind>
-__device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
-                                               const Unit& unit, const TokenInput& input, int round,
-                                               const float (&total)[64]) {
-  uint8_t* out = shared.out.at[me.group];  // z until each pair is replaced by its gradient
+// All that leaves of one block of F.
+template <class Kind, int kBlock>
+__device__ __forceinline__ void store_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
+                                            const Unit& unit, float (&total)[2][64]) {
+  uint8_t* out = shared.out.at[me.group];
   const Address z = opaque(shared_address(out));
-  barrier_wait(&shared.z_full[me.group], round);
-
-  Survey found = survey<Kind, false>(p, input, z, me, total);
-  const bool rare = __any_sync(0xffffffff, found.rare());
-  if (rare) found = survey<Kind, true>(p, input, z, me, total);
-
-  const int f = 2 * unit.column, first = unit.row + 64 * me.group;
-  float inverse[2][kHalves];
-#pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    const int64_t row = first + me.token(below);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const float scale = block_scale(quad_max(found.row[below][half]), p.pow2);
-      const float product = quad_sum(found.product[below][half]);
-      inverse[below][half] = __fdiv_rn(1.0f, scale);
-      if (unit.alive && me.quad() == 0) {
-        p.d_scale[row * (2 * p.width / kTile) + f / kTile + half] = scale;
-        p.parts[row * (p.width / 64) + unit.column / 64 + half] = product;
-      }
-    }
-  }
+  const Tokens& tokens = shared.tokens.at[me.group];
   const Blocks* blocks = nullptr;
   Address along = 0;
   if constexpr (!Kind::kWide) {
-    Blocks& mine = shared.blocks.at[0];
-#pragma unroll
-    for (int kind = 0; kind < 3; ++kind) {
-#pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        atomicMax(&mine.largest[round][kind][column_of(me, quarter)], __float_as_uint(found.column[kind][quarter]));
-      }
-    }
-    multipliers_sync(kTogether);
-    scale_blocks(p, mine, me, unit, round);
-    multipliers_sync(kTogether);
-    blocks = &mine;
-    along = opaque(shared_address(shared.along.at));
+    if (kBlock > 0) begin_output(me);  // the block before is where this one's copies shall be
+    blocks = &shared.blocks.at[me.group];
+    along = opaque(shared_address(shared.along.at[me.group]));
   }
-  if (rare) {
-    emit<Kind, true>(p, input, inverse, blocks, z, along, me, unit, total);
-  } else {
-    emit<Kind, false>(p, input, inverse, blocks, z, along, me, unit, total);
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    emit<Kind, kBlock>(p, tokens, half, blocks, z + half * kHalfBytes, along, me, unit, total[0]);
+    exchange_halves(total);
   }
-  fence_for_async_reads();
-  if constexpr (Kind::kWide) {
-    warpgroup_sync(1 + me.group);
-  } else {
-    multipliers_sync(kTogether);
-  }
-  if (!me.leads()) return;
+  if (!end_output(me)) return;
   if (unit.alive) {
-    for (int half = 0; half < kHalves; ++half) tensor_store(maps.d, out + half * kHalfBytes, f + half * kTile, first);
+    const int f = 2 * unit.column + kBlock * kTile;
+    tensor_store(maps.d, out + kBlock * kOperandBytes, f, unit.row);
     if constexpr (!Kind::kWide) {
-      tensor_store(maps.dt, shared.along.at[me.group], unit.row, f + me.group * kTile);
-      if (me.group == 0) tensor_store(maps.e, shared.along.at[2], unit.row, unit.column);
+      const uint8_t* copies = shared.along.at[me.group];
+      tensor_store(maps.dt, copies, unit.row, f);
+      tensor_store(maps.e, copies + kOperandBytes, unit.row, unit.column + kBlock * (kTile / 2));
     }
   }
   store_commit();
+}
+
+template <class Kind>
+__device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
+                                               const Unit& unit, int round, float (&total)[2][64]) {
+  // z until each pair is replaced by its gradient
+  const Address z = opaque(shared_address(shared.out.at[me.group]));
+  Tokens& tokens = shared.tokens.at[me.group];
+  Blocks* blocks = nullptr;
+  if constexpr (!Kind::kWide) blocks = &shared.blocks.at[me.group];
+  barrier_wait(&shared.z_full[me.group], round);
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const int first = 64 * half + me.token(0);
+    const Pair pair = pair_of(tokens, first);
+    const Survey found = survey<Kind>(p, pair, blocks, z + half * kHalfBytes, me, total[0]);
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      const int64_t row = unit.row + first + below;
+#pragma unroll
+      for (int block = 0; block < kFBlocks; ++block) {
+        const float scale = block_scale(quad_max(found.row[below][block]), p.pow2);
+        const float product = quad_sum(found.product[below][block]);
+        if (me.quad() != 0) continue;
+        tokens.inverse[block][first + below] = __fdiv_rn(1.0f, scale);
+        if (!unit.alive) continue;
+        p.d_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block] = scale;
+        p.parts[row * (p.width / 64) + unit.column / 64 + block] = product;
+      }
+    }
+    exchange_halves(total);
+  }
+  warpgroup_sync(1 + me.group);
+  if constexpr (!Kind::kWide) {
+    scale_blocks(p, *blocks, me, unit);
+    warpgroup_sync(1 + me.group);
+  }
+  store_block<Kind, 0>(p, maps, shared, me, unit, total);
+  store_block<Kind, 1>(p, maps, shared, me, unit, total);
 }
 
 }  // namespace sonicmoe::sm90

@@ -8,21 +8,37 @@ namespace sonicmoe::sm90 {
 
 // Scales of this thread's rows, where rows are tokens.
 template <class Kind>
-__device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& p, const Lane& me, const Unit& unit) {
-  const int first = unit.row + (Kind::kNeighbours ? me.group * 64 + me.token(0) : me.tile_row());
-  const int second = first + (Kind::kNeighbours ? 1 : 8);
+__device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& p, const Shared<Kind>& shared,
+                                                                 const Lane& me, const Unit& unit) {
+  const int first = unit.row + me.tile_row();
   TokenRowScales<Kind> scales;
   scales.tokens = p.a_scale;
   scales.weights = p.b_scale;
   scales.steps = unit.steps;
   scales.lane = me.lane;
   // A scale stands for 128 bytes, so there are fewer than 2^32.
-  scales.above = static_cast<uint32_t>(Kind::kGather ? p.gather[first] : first) * unit.steps;
-  if constexpr (Kind::kGather) scales.below = static_cast<uint32_t>(p.gather[second]) * unit.steps;
+  if constexpr (Kind::kAlone) {
+    scales.gathered = shared_address(&shared.tokens.at[me.group].scales[me.token(0)]);
+  } else {
+    scales.above = static_cast<uint32_t>(Kind::kGather ? p.gather[first] : first) * unit.steps;
+    if constexpr (Kind::kGather) scales.below = static_cast<uint32_t>(p.gather[first + 8]) * unit.steps;
+  }
   scales.weight = static_cast<uint32_t>(unit.expert * (p.b_rows / kTile) + unit.column / kTile) * unit.steps;
   scales.both = unit.row_tiles == 2;
   scales.ask(0);
   return scales;
+}
+
+// The next unit of this warpgroup.
+template <class Kind>
+__device__ __forceinline__ bool next_own(Units<Kind>& units, const Lane& me, bool first, Stage<Kind>& stage, Unit& unit) {
+  if constexpr (Kind::kAlone) {
+    if (!first || me.group == 1) {  // the other one's
+      if (!units.next(unit)) return false;
+      stage.skip(unit.steps);
+    }
+  }
+  return units.next(unit);
 }
 
 template <class Kind>
@@ -31,7 +47,7 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
-  float total[kTiles<Kind>][64];
+  float total[kSums<Kind>][64];
   if constexpr (Kind::kStrips) {
     StripScales scales(me);
     while (units.next(unit)) {
@@ -39,23 +55,28 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
       store_wgrad(p, me, unit, total);
     }
   } else {
-    TokenInput input;
-    bool more = units.next(unit);
+    bool more = next_own(units, me, true, stage, unit);
     TokenRowScales<Kind> scales;
-    if (more) scales = token_row_scales<Kind>(p, me, unit);
-    for (int round = 0; more; round ^= 1) {
-      if constexpr (Kind::kNeighbours) input = begin_gradient(p, maps, shared, me, unit);
-      sum_steps(ring, me, stage, unit, scales, total);
-      // The next unit's scales are under way while this one is stored.
-      const Unit done = unit;
-      more = units.next(unit);
-      if (more) scales = token_row_scales<Kind>(p, me, unit);
-      if constexpr (Kind::kNeighbours) {
-        store_gradient(p, maps, shared, me, done, input, round, total[0]);
-      } else if constexpr (Kind::kGather) {
-        store_up<Kind>(p, maps, shared.out.at[me.group], me, done, total);
-      } else {
-        store_rows(p, maps, shared.out.at[me.group], me, done, total);
+    if constexpr (Kind::kAlone) {
+      for (; more; more = next_own(units, me, false, stage, unit)) {
+        ask_for_z(p, maps, shared, me, unit);
+        scales = token_row_scales<Kind>(p, shared, me, unit);
+        sum_steps(ring, me, stage, unit, scales, total);
+        store_gradient(p, maps, shared, me, unit, stage.turn ^ 1, total);  // z has come as often as it was our turn
+      }
+    } else {
+      if (more) scales = token_row_scales<Kind>(p, shared, me, unit);
+      while (more) {
+        sum_steps(ring, me, stage, unit, scales, total);
+        // The next unit's scales are under way while this one is stored.
+        const Unit done = unit;
+        more = units.next(unit);
+        if (more) scales = token_row_scales<Kind>(p, shared, me, unit);
+        if constexpr (Kind::kGather) {
+          store_up<Kind>(p, maps, shared.out.at[me.group], me, done, total);
+        } else {
+          store_rows(p, maps, shared.out.at[me.group], me, done, total);
+        }
       }
     }
   }
@@ -69,7 +90,7 @@ __device__ void run_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shar
   static_assert(kLoader % 8 == 0 && kMultiplier % 8 == 0, "registers come in eights");
   const int rank = static_cast<int>(cluster_rank()), thread = threadIdx.x;
   if (thread == 0) make_barriers(shared);
-  if constexpr (Kind::kAlongBytes != 0) clear_blocks(shared.blocks.at[0], thread);
+  if constexpr (Kind::kAlongBytes != 0) clear_blocks(shared.blocks.at, thread);
   __syncthreads();
   cluster_sync();
   if (thread < 128) {

@@ -1,10 +1,11 @@
 // The part that all grouped FP8 GEMMs share: which tile comes next, how operands get into shared memory, and the sum.
 //
-// One warpgroup loads, two multiply, each 64 rows of a tile of 128 x 128, and most kinds make two such tiles from one
-// load of what these have in common: shared memory is what limits the tensor cores here. While one warpgroup adds up or
-// stores, the other has the tensor cores. Two blocks are a cluster and share what they both need of one operand, each
-// loading one half of it for both: neighbours in columns share A; where tokens are gathered, which no bulk copy does,
-// neighbours in tokens share the weights.
+// One warpgroup loads, two multiply. Most often each has 64 rows of a tile of 128 x 128, and two such tiles are made from
+// one load of what these have in common: shared memory is what limits the tensor cores here. While one warpgroup adds
+// up, the other has the tensor cores. Where storing takes about as long as multiplying, each has tiles of its own, and
+// stores while the other multiplies. Two blocks are a cluster and share what they both need of one operand, each loading
+// one half of it for both: neighbours in columns share A; where tokens are gathered, which no bulk copy does, neighbours
+// in tokens share the weights.
 #pragma once
 
 #include "sm90_fp8_gemm.h"
@@ -20,46 +21,56 @@ constexpr int kStripBytes = kTile * 4;  // a scale for each row of an operand ti
 constexpr int kMultipliers = 2;         // warpgroups
 constexpr int kThreads = 128 * (1 + kMultipliers);
 constexpr int kGroup = 8;     // units of rows that go through the columns together
-constexpr int kInFlight = 3;  // steps of gathered tokens that one thread has asked for
 
 // What a GEMM is made of.
 //   kGather         tokens are gathered row by row; a unit's rows are tokens
 //   kNeighbours     ... of which a thread's two, 8 rows apart, are such as follow each other
 //   kStrips         scales of both operands come with every step, one for each row and column
+//   kAlone          a warpgroup makes every second tile, and all of it
 //   kRowTiles       tiles that a block makes at once, one below the other; kColumnTiles likewise side by side
-//   kOutBytes       room for each warpgroup's results; kAlongBytes for those that both make together
+//   kOutBytes       room for each warpgroup's results; kAlongBytes for what it makes of them for wgrad
 //   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
-  static constexpr bool kGather = false, kNeighbours = false, kStrips = false;
+  static constexpr bool kGather = false, kNeighbours = false, kStrips = false, kAlone = false;
   static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct UpKind {
-  static constexpr bool kGather = true, kNeighbours = false, kStrips = false, kClamp = kClamp_;
+  static constexpr bool kGather = true, kNeighbours = false, kStrips = false, kAlone = false, kClamp = kClamp_;
   static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
-  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kClamp = kClamp_, kWide = false;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
-  static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 48 * 1024;
+  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
+  static constexpr bool kClamp = kClamp_, kWide = false;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 24;
+  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
-  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kClamp = kClamp_, kWide = true;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 5, kLoaderRegisters = 40;
-  static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
+  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
+  static constexpr bool kClamp = kClamp_, kWide = true;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 24;
+  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
 };
 struct WgradKind {
-  static constexpr bool kGather = false, kNeighbours = false, kStrips = true;
+  static constexpr bool kGather = false, kNeighbours = false, kStrips = true, kAlone = false;
   static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 0, kAlongBytes = 0;
 };
 template <class Kind>
 constexpr int kTiles = Kind::kRowTiles * Kind::kColumnTiles;
+// Sums of 64 rows and 128 columns that a warpgroup has at once, and how many sets of 64 rows they are of.
+template <class Kind>
+constexpr int kSums = Kind::kAlone ? 2 : kTiles<Kind>;
+template <class Kind>
+constexpr int kRowSets = Kind::kAlone ? 2 : Kind::kRowTiles;
+// Steps of gathered tokens that one thread has asked for: fewer than stages, or each would only land when it is due.
+template <class Kind>
+constexpr int kInFlight = Kind::kStages > 3 ? 3 : Kind::kStages - 1;
 
 struct Maps {
   CUtensorMap a, b, d, e, z, dt;
@@ -67,8 +78,15 @@ struct Maps {
 
 // Blocks along tokens in the epilogue of down_backward: the columns of dz's gates, of its ups, and of p*a.
 struct Blocks {
-  uint32_t largest[2][3][kTile];  // of this unit, and zeros for the next; magnitudes, whose bits are in their order
-  float inverse[3][kTile];        // of the scales
+  uint32_t largest[3][kTile];  // magnitudes, whose bits are in their order
+  float inverse[3][kTile];     // of the scales
+};
+
+// What is known of each token where a warpgroup has 128: where its scales begin, and for the same epilogue its score and
+// the scales of its two blocks of z and, inverted, of dz.
+struct Tokens {
+  uint32_t scales[kTile];
+  float z_scale[2][kTile], inverse[2][kTile], score[kTile];
 };
 
 // A number that all lanes of a warp have, and of which the compiler shall know it: there are registers and instructions
@@ -91,10 +109,11 @@ struct alignas(1024) Shared {
   uint8_t a[Kind::kStages][kABytes];
   uint8_t b[Kind::kStages][kBBytes];
   Array<uint8_t[Kind::kOutBytes == 0 ? 1 : Kind::kOutBytes], Kind::kOutBytes == 0 ? 0 : kMultipliers> out;
-  Array<uint8_t[kOperandBytes], Kind::kAlongBytes / kOperandBytes> along;
+  Array<uint8_t[Kind::kAlongBytes == 0 ? 1 : Kind::kAlongBytes], Kind::kAlongBytes == 0 ? 0 : kMultipliers> along;
   Array<float[Kind::kRowTiles * kTile], Kind::kStrips ? Kind::kStages : 0> a_strip;
   Array<float[kTile], Kind::kStrips ? Kind::kStages : 0> b_strip;
-  Array<Blocks, Kind::kAlongBytes == 0 ? 0 : 1> blocks;
+  Array<Blocks, Kind::kAlongBytes == 0 ? 0 : kMultipliers> blocks;
+  Array<Tokens, Kind::kAlone ? kMultipliers : 0> tokens;
   uint64_t full[Kind::kStages];
   uint64_t empty[Kind::kStages];
   uint64_t z_full[kMultipliers];
@@ -110,13 +129,14 @@ struct Ring {
       : base(uniform(opaque(shared_address(&shared)))),
         my_turn(uniform(base + offsetof(Shared<Kind>, turn) + group * sizeof(uint64_t))),
         other_turn(uniform(base + offsetof(Shared<Kind>, turn) + (1 - group) * sizeof(uint64_t))),
-        first_a(operand(base + offsetof(Shared<Kind>, a) + group * (kOperandBytes / 2))),
+        first_a(operand(base + offsetof(Shared<Kind>, a) + (Kind::kAlone ? 0 : group * (kOperandBytes / 2)))),
         first_b(operand(base + offsetof(Shared<Kind>, b))) {}
-  __device__ Operand a(int s, int tile) const {
-    return further(first_a, s * Shared<Kind>::kABytes + tile / Kind::kColumnTiles * kOperandBytes);
+  __device__ Operand a(int s, int sum) const {
+    constexpr int kApart = Kind::kAlone ? kOperandBytes / 2 : kOperandBytes;
+    return further(first_a, s * Shared<Kind>::kABytes + sum / Kind::kColumnTiles * kApart);
   }
-  __device__ Operand b(int s, int tile) const {
-    return further(first_b, s * Shared<Kind>::kBBytes + tile % Kind::kColumnTiles * kOperandBytes);
+  __device__ Operand b(int s, int sum) const {
+    return further(first_b, s * Shared<Kind>::kBBytes + sum % Kind::kColumnTiles * kOperandBytes);
   }
   __device__ Address full(int s) const { return base + offsetof(Shared<Kind>, full) + s * sizeof(uint64_t); }
   __device__ Address empty(int s) const { return base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t); }
@@ -170,6 +190,10 @@ class Units {
     unit.row_tiles = Kind::kGather ? 1 : min(row_tiles() - row * Kind::kRowTiles, Kind::kRowTiles);
     row *= Kind::kRowTiles;
     unit.row = begin_ + row * kTile;
+    if constexpr (kWarps) {  // what divisions gave
+      unit.row = uniform(unit.row);
+      unit.column = uniform(unit.column);
+    }
     if constexpr (Kind::kStrips) {
       unit.row = row * kTile;
       unit.first_step = begin_ / kTile;
@@ -211,6 +235,11 @@ struct Stage {
       round ^= 1;
     }
   }
+  __device__ void skip(int steps) {
+    index += steps;
+    round ^= index / Kind::kStages & 1;
+    index %= Kind::kStages;
+  }
 };
 
 template <class Kind>
@@ -218,8 +247,8 @@ __device__ void make_barriers(Shared<Kind>& shared) {
   for (int s = 0; s < Kind::kStages; ++s) {
     // One for the bulk copies; four for the warps that gather.
     barrier_init(&shared.full[s], Kind::kGather ? 1 + 4 : 1);
-    // The warps of both blocks that multiply: each block writes into the other's stages.
-    barrier_init(&shared.empty[s], 2 * kMultipliers * 4);
+    // The warps of both blocks that read the stage: each block writes into the other's stages.
+    barrier_init(&shared.empty[s], 2 * (Kind::kAlone ? 1 : kMultipliers) * 4);
   }
   for (int group = 0; group < kMultipliers; ++group) {
     barrier_init(&shared.z_full[group], 1);
@@ -310,8 +339,8 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
         async_copy(to + i * kApart * kTile, source + uint64_t{opaque(place[i])} * 16, real_now & 1u << i);
       }
       async_copy_commit();
-      if (++in_flight == kInFlight) {
-        async_copy_wait<kInFlight - 1>();
+      if (++in_flight == kInFlight<Kind>) {
+        async_copy_wait<kInFlight<Kind> - 1>();
         land();
         --in_flight;
       }
@@ -332,7 +361,7 @@ struct Lane {
   __device__ int tile_row() const { return group * 64 + row(); }  // of the block's tile
   __device__ int number() const { return warp * 32 + lane; }
   __device__ bool leads() const { return number() == 0; }
-  __device__ int token(int below) const { return warp * 16 + lane / 4 * 2 + below; }  // where rows are neighbours
+  __device__ int token(int below) const { return warp * 16 + lane / 4 * 2 + below; }  // of 64, where rows are neighbours
 };
 
 // Scales of a tile's steps. Those in global memory are asked for long before they are used, some steps at a time: each
@@ -342,27 +371,36 @@ template <class Kind>
 struct TokenRowScales {
   static constexpr int kAtOnce = 4;  // lanes that hold the same rows
   const float *tokens, *weights;
-  uint32_t above, below, weight;  // where the scales of a row begin, and of a column; ``below`` where rows are gathered
+  // Where the scales of a row begin, and of a column. ``below`` where rows are gathered; where there are two sets of
+  // these, they lie in shared memory.
+  uint32_t above, below, weight;
+  Address gathered;
   int steps, lane;
   bool both;
-  float2 here[kTiles<Kind>], next[Kind::kRowTiles];
+  float2 here[kSums<Kind>], next[kRowSets<Kind>];
   float next_weights[Kind::kColumnTiles];
   __device__ void ask(int first) {
     const int step = min(first + lane % kAtOnce, steps - 1);
 #pragma unroll
-    for (int i = 0; i < Kind::kRowTiles; ++i) {
-      // A tile that is not there takes the other one's.
-      const uint32_t first = above + (i == 1 && both ? kTile * steps : 0) + step;
-      const uint32_t second = Kind::kGather ? below + step : first + 8 * steps;
+    for (int i = 0; i < kRowSets<Kind>; ++i) {
+      uint32_t first = above + step, second = below + step;
+      if constexpr (Kind::kAlone) {
+        const float2 both = load_two(gathered + i * 64 * sizeof(uint32_t));
+        first = __float_as_uint(both.x) + step;
+        second = __float_as_uint(both.y) + step;
+      } else if constexpr (!Kind::kGather) {  // a tile that is not there takes the other one's
+        first += i == 1 && both ? kTile * steps : 0;
+        second = first + 8 * steps;
+      }
       next[i] = make_float2(__ldg(tokens + first), __ldg(tokens + second));
     }
 #pragma unroll
     for (int i = 0; i < Kind::kColumnTiles; ++i) next_weights[i] = __ldg(weights + weight + i * steps + step);
   }
-  __device__ float2 rows(int step, int tile, Address) {
-    if (tile == 0 && step % kAtOnce == 0) {
+  __device__ float2 rows(int step, int sum, Address) {
+    if (sum == 0 && step % kAtOnce == 0) {
 #pragma unroll
-      for (int i = 0; i < kTiles<Kind>; ++i) {
+      for (int i = 0; i < kSums<Kind>; ++i) {
         const float2 row = next[i / Kind::kColumnTiles];
         const float weight = next_weights[i % Kind::kColumnTiles];
         here[i] = make_float2(row.x * weight, row.y * weight);
@@ -370,7 +408,7 @@ struct TokenRowScales {
       ask(step + kAtOnce);
     }
     const int from = lane / kAtOnce * kAtOnce + step % kAtOnce;
-    return make_float2(__shfl_sync(0xffffffff, here[tile].x, from), __shfl_sync(0xffffffff, here[tile].y, from));
+    return make_float2(__shfl_sync(0xffffffff, here[sum].x, from), __shfl_sync(0xffffffff, here[sum].y, from));
   }
 };
 struct StripScales {
@@ -383,8 +421,8 @@ struct StripScales {
 };
 
 template <class Kind>
-__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int tile, float (&part)[64]) {
-  const Operand a = ring.a(s, tile), b = ring.b(s, tile);
+__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int sum, float (&part)[64]) {
+  const Operand a = ring.a(s, sum), b = ring.b(s, sum);
   pin(part);
   product_fence();
 #pragma unroll
@@ -399,50 +437,56 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
   if (me.lane < 2) barrier_arrive_at(ring.empty(s), me.lane);
 }
 
-// total [64,128] of this warpgroup in each of the unit's tiles.
+// total [64,128] of this warpgroup, of each of its sums.
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
-                                          Scales& scales, float (&total)[kTiles<Kind>][64]) {
+                                          Scales& scales, float (&total)[kSums<Kind>][64]) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles<Kind>; ++tile) {
+  for (int sum = 0; sum < kSums<Kind>; ++sum) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) total[tile][i] = 0.0f;
+    for (int i = 0; i < 64; ++i) total[sum][i] = 0.0f;
   }
   if (unit.steps == 0) return;
-  const bool both = kTiles<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
+  const bool both = kSums<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
   float part[64];
   float2 row, column[Kind::kStrips ? 16 : 1];
-  auto begin = [&](int step, int tile) {
+  auto begin = [&](int step, int sum) {
     const int s = stage.index;
-    if (tile == 0) barrier_wait(ring.full(s), stage.round);
-    // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
-    barrier_wait(ring.my_turn, stage.turn ^ (me.group == 0));
-    multiply_stage(ring, s, tile, part);
-    if (me.lane == 0) barrier_arrive(ring.other_turn);
-    stage.turn ^= 1;
-    row = scales.rows(step, tile, Kind::kStrips ? ring.a_strip(s) : 0);
+    // The two warpgroups take turns: with products, or the tensor cores would finish both at once, and wait while both
+    // add up; or with whole tiles. The first products of a tile then come after the last ones of the tile before, so
+    // that nobody waits for a stage more than one round ahead.
+    auto wait_for_turn = [&] { barrier_wait(ring.my_turn, stage.turn ^ (me.group == 0)); };
+    if (Kind::kAlone && step == 0 && sum == 0) wait_for_turn();
+    if (sum == 0) barrier_wait(ring.full(s), stage.round);
+    if (!Kind::kAlone) wait_for_turn();
+    multiply_stage(ring, s, sum, part);
+    if (!Kind::kAlone || (sum == kSums<Kind> - 1 && step == unit.steps - 1)) {
+      if (me.lane == 0) barrier_arrive(ring.other_turn);
+      stage.turn ^= 1;
+    }
+    row = scales.rows(step, sum, Kind::kStrips ? ring.a_strip(s) : 0);
     // In registers before the products are waited for, and there for the other tile: a load of them takes as long from
     // shared memory as half of a tile's operands do.
     if constexpr (Kind::kStrips) {
-      if (tile == 0) {
+      if (sum == 0) {
 #pragma unroll
         for (int j = 0; j < 16; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
       }
     }
   };
-  auto finish = [&](int tile, bool last) {
+  auto finish = [&](int sum, bool last) {
     product_wait();
     pin(part);
     if (last) release(ring, me, stage.index);
-    float(&sum)[64] = total[tile];
+    float(&to)[64] = total[sum];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
       float2 by = make_float2(1.0f, 1.0f);
       if constexpr (Kind::kStrips) by = column[j];
-      sum[4 * j] = fmaf(part[4 * j] * by.x, row.x, sum[4 * j]);
-      sum[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, sum[4 * j + 1]);
-      sum[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, sum[4 * j + 2]);
-      sum[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, sum[4 * j + 3]);
+      to[4 * j] = fmaf(part[4 * j] * by.x, row.x, to[4 * j]);
+      to[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, to[4 * j + 1]);
+      to[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, to[4 * j + 2]);
+      to[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, to[4 * j + 3]);
     }
   };
   begin(0, 0);
@@ -451,7 +495,7 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     finish(0, !both);
     if (both) {
       begin(step, 1);
-      finish(kTiles<Kind> - 1, true);
+      finish(kSums<Kind> - 1, true);
     }
     stage.advance();
     if (++step == unit.steps) break;

@@ -106,9 +106,6 @@ __device__ __forceinline__ void warpgroup_sync(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 
-// All threads of this block that multiply.
-__device__ __forceinline__ void multipliers_sync(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
-
 // ---- Copies
 
 // A box of a two-dimensional tensor to this block, or to the same place in each block of ``mask``.

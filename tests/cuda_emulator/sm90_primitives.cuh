@@ -331,8 +331,6 @@ inline void barrier_wait(Address barrier, uint32_t parity) {
 }
 inline void warpgroup_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 128); }
 
-inline void multipliers_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 256); }
-
 inline void tensor_load(const CUtensorMap& map, uint64_t* barrier, void* target, int x, int y) {
   cluster->loads.push_back([=, &map] {
     emulator::box_to_shared(map, static_cast<uint8_t*>(target), x, y);
