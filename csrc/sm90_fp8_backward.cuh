@@ -2,9 +2,11 @@
 // two blocks of F, which lie in four lanes. The blocks along tokens, which wgrad wants, lie across all of its warps;
 // their largest values meet in shared memory.
 //
-// dz is made twice, first to find the largest of each block, then to be written: its values for 64 sums a thread do not
-// fit into registers beside the sums. z comes and dz leaves by the tensor cores' own loads and stores of matrices; those
-// that transpose make the copies along tokens, of pairs of tokens: a thread's two rows are tokens that follow each other.
+// A first look at a half makes dz and p*a, and finds the largest of each block; a second one writes them. In between they
+// are bfloat16, in the places of what they were made of: dz's pairs in the sums' registers, p*a in z's shared memory.
+// That costs nothing beside e4m3's own rounding, which is 32 times as coarse. z comes and dz leaves by the tensor cores'
+// own loads and stores of matrices; those that transpose make the copies along tokens, of pairs of tokens: a thread's two
+// rows are tokens that follow each other.
 //
 // The code for one half runs twice, and the halves change places in between: code for both would be too long to stay
 // in the instruction cache.
@@ -39,20 +41,26 @@ __device__ __forceinline__ Gradient swiglu_gradient(float2 z, float da, float cl
   return found;
 }
 
-// Eight magnitudes, the largest of each over the eight lanes that hold the same ones: of number lane / 4.
-template <int kMask, int kCount>
-__device__ __forceinline__ void fold_step(float (&v)[8], int lane) {
+// Some pairs of magnitudes, the largest of each over the eight lanes that hold the same ones. kCount of them are left.
+template <int kMask, int kCount, int kAll>
+__device__ __forceinline__ void fold_step(uint32_t (&v)[kAll], int lane) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float kept = lane & kMask ? v[kCount + i] : v[i], sent = lane & kMask ? v[i] : v[kCount + i];
-    v[i] = fmaxf(kept, __shfl_xor_sync(0xffffffff, sent, kMask));
+    const uint32_t kept = lane & kMask ? v[kCount + i] : v[i], sent = lane & kMask ? v[i] : v[kCount + i];
+    v[i] = larger_two(kept, __shfl_xor_sync(0xffffffff, sent, kMask));
   }
 }
-__device__ __forceinline__ float fold_lanes(float (&v)[8], int lane) {
+// Of eight, this lane gets number lane / 4; of four, number lane / 8.
+__device__ __forceinline__ uint32_t fold_lanes(uint32_t (&v)[8], int lane) {
   fold_step<16, 4>(v, lane);
   fold_step<8, 2>(v, lane);
   fold_step<4, 1>(v, lane);
   return v[0];
+}
+__device__ __forceinline__ uint32_t fold_lanes(uint32_t (&v)[4], int lane) {
+  fold_step<16, 2>(v, lane);
+  fold_step<8, 1>(v, lane);
+  return larger_two(v[0], __shfl_xor_sync(0xffffffff, v[0], 4));
 }
 
 __device__ __forceinline__ float quad_sum(float value) {
@@ -89,29 +97,15 @@ __device__ __forceinline__ void ask_for_z(const Fp8Gemm& p, const Maps& maps, Sh
   warpgroup_sync(1 + me.group);
 }
 
-// Of this thread's two tokens of one half.
-struct Pair {
-  float z_scale[2][kFBlocks], score[2];
-};
-
-__device__ __forceinline__ Pair pair_of(const Tokens& tokens, int first) {
-  Pair found;
-#pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    found.score[below] = tokens.score[first + below];
-#pragma unroll
-    for (int block = 0; block < kFBlocks; ++block) found.z_scale[below][block] = tokens.z_scale[block][first + below];
-  }
-  return found;
-}
-
-__device__ __forceinline__ void exchange_halves(float (&total)[2][64]) {
+// ``half`` is the number of the one that is first.
+__device__ __forceinline__ void exchange_halves(float (&total)[2][64], int& half) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const float kept = total[0][i];
     total[0][i] = total[1][i];
     total[1][i] = kept;
   }
+  half ^= 1;
 }
 
 // ---- A thread's sums, sixteen columns at a time, of which it has two and two, for two tokens.
@@ -123,31 +117,10 @@ __device__ __forceinline__ Address pairs_place(Address z, const Lane& me, int j)
   return z + j / 8 * kOperandBytes + swizzled(token, 16 * (j % 8 + me.lane / 16));
 }
 
-// Calls use(next, below, b, gradient, dA without the score) for columns 8 (j + next) + 2 quad + b.
-template <class Kind, class Use>
-__device__ __forceinline__ void for_sixteen(const Fp8Gemm& p, const Pair& input, Address z, const Lane& me, int j,
-                                            const float (&total)[64], Use use) {
-  uint32_t pairs[4];
-  load_matrices(pairs_place(z, me, j), pairs);
-#pragma unroll
-  for (int next = 0; next < 2; ++next) {
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const uint32_t both = pairs[2 * next + below];
-        const float2 code = from_e4m3(static_cast<uint16_t>(b ? both >> 16 : both));
-        const float scale = input.z_scale[below][j / 8], da = total[4 * (j + next) + 2 * below + b];
-        const float2 value = make_float2(code.x * scale, code.y * scale);
-        use(next, below, b, swiglu_gradient<Kind::kClamp>(value, input.score[below] * da, p.clamp), da);
-      }
-    }
-  }
-}
-
-// What a first look finds by token and block of F: dz's largest and the part of <dA, a>.
+// What a first look finds by token and block of F: the largest of dz's pairs and the part of <dA, a>.
 struct Survey {
-  float row[2][kFBlocks] = {}, product[2][kFBlocks] = {};
+  uint32_t row[2][kFBlocks] = {};
+  float product[2][kFBlocks] = {};
 };
 
 // The column of which this lane has the largest, of the eight that each quarter of them has of its quad; see fold_lanes.
@@ -155,38 +128,73 @@ __device__ __forceinline__ int column_of(const Lane& me, int quarter) {
   return 32 * quarter + me.lane / 8 * 8 + 2 * me.quad() + me.lane / 4 % 2;
 }
 
-// An Inf as a NaN: see without_inf. One instruction and no comparison: 0 times a number adds nothing.
-__device__ __forceinline__ float tamed(float value) { return fmaf(value, 0.0f, value); }
+// dz and p*a of two columns of one token, for a wgrad in 16 bits. ``column`` is a quad's first.
+__device__ __forceinline__ void store_wide(const Fp8Gemm& p, const Lane& me, const Unit& unit, int token, int column,
+                                           const Gradient (&g)[2], const float (&a)[2]) {
+  const uint2 dz = make_uint2(two(g[0].gate, g[0].up, p.half), two(g[1].gate, g[1].up, p.half));
+  const uint32_t pa = two(a[0], a[1], p.half);
+  // Of the unit, which is the same for all threads, and within it, for which 32 bits are enough.
+  const int64_t corner = int64_t{opaque(unit.row)} * p.width + unit.column;
+  const uint32_t at = opaque(token) * p.width + column + 2 * me.quad();
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dt) + 2 * corner + 2 * at) = dz;
+  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.e) + corner + at) = pa;
+}
 
+// ``values`` are the sums, and then the pairs of dz.
 template <class Kind>
-__device__ __forceinline__ Survey survey(const Fp8Gemm& p, const Pair& input, Blocks* blocks, Address z, const Lane& me,
-                                         const float (&total)[64]) {
+__device__ __forceinline__ Survey survey(const Fp8Gemm& p, const Tokens& tokens, Blocks* blocks, Address z, const Lane& me,
+                                         const Unit& unit, int first, float (&values)[64]) {
+  const Address z_scales = opaque(shared_address(&tokens.z_scale[0][first]));
+  const float2 scores = load_two(opaque(shared_address(&tokens.score[first])));
   Survey found;
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
-    float gate[8], up[8], activated[8];
+    const int block = quarter / 2;
+    const float2 scales = load_two(z_scales + block * sizeof(tokens.z_scale[0]));
+    uint32_t along[8] = {}, along_a[4] = {};  // the largest of pairs of dz by column, and of p*a by two columns
 #pragma unroll
-    for (int n = 0; n < 8; ++n) gate[n] = up[n] = activated[n] = 0.0f;
+    for (int j = 4 * quarter; j < 4 * quarter + 4; j += 2) {
+      uint32_t pairs[4];
+      load_matrices(pairs_place(z, me, j), pairs);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const int j = 4 * quarter + 2 * pair;
-      for_sixteen<Kind>(p, input, z, me, j, total, [&](int next, int below, int b, const Gradient& g, float da) {
-        const int block = j / 8, n = 4 * pair + 2 * next + b;
-        found.product[below][block] = fmaf(da, g.activated, found.product[below][block]);
-        const float mine = fabsf(tamed(g.gate)), other = fabsf(tamed(g.up));
-        found.row[below][block] = fmaxf(found.row[below][block], fmaxf(mine, other));
-        if constexpr (!Kind::kWide) {
-          gate[n] = fmaxf(gate[n], mine);
-          up[n] = fmaxf(up[n], other);
-          activated[n] = fmaxf(activated[n], fabsf(tamed(input.score[below] * g.activated)));
+      for (int next = 0; next < 2; ++next) {
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+          float& low = values[4 * (j + next) + 2 * below];
+          float* const sums[2] = {&low, &low + 1};
+          uint32_t& both = pairs[2 * next + below];
+          float a[2];
+          Gradient g[2];
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float2 code = from_e4m3(static_cast<uint16_t>(b ? both >> 16 : both));
+            const float scale = below ? scales.y : scales.x, score = below ? scores.y : scores.x, da = *sums[b];
+            const float2 value = make_float2(code.x * scale, code.y * scale);
+            g[b] = swiglu_gradient<Kind::kClamp>(value, score * da, p.clamp);
+            found.product[below][block] = fmaf(da, g[b].activated, found.product[below][block]);
+            a[b] = score * g[b].activated;
+            const uint32_t dz = tamed_two(two(g[b].gate, g[b].up, false));
+            found.row[below][block] = larger_two(found.row[below][block], dz);
+            uint32_t& largest = along[j % 4 * 2 + 2 * next + b];
+            largest = larger_two(largest, dz);
+            *sums[b] = __uint_as_float(dz);
+          }
+          if constexpr (Kind::kWide) {
+            store_wide(p, me, unit, first + below, 8 * (j + next), g, a);
+          } else {
+            both = tamed_two(two(a[0], a[1], false));
+            along_a[j % 4 + next] = larger_two(along_a[j % 4 + next], both);
+          }
         }
-      });
+      }
+      if constexpr (!Kind::kWide) store_matrices(pairs_place(z, me, j), pairs);
     }
     if constexpr (!Kind::kWide) {
       const int column = column_of(me, quarter);
-      atomicMax(&blocks->largest[0][column], __float_as_uint(fold_lanes(gate, me.lane)));
-      atomicMax(&blocks->largest[1][column], __float_as_uint(fold_lanes(up, me.lane)));
-      atomicMax(&blocks->largest[2][column], __float_as_uint(fold_lanes(activated, me.lane)));
+      const uint32_t dz = fold_lanes(along, me.lane), a = fold_lanes(along_a, me.lane);
+      atomicMax(&blocks->largest[0][column], __float_as_uint(fabsf(low_of(dz))));
+      atomicMax(&blocks->largest[1][column], __float_as_uint(fabsf(high_of(dz))));
+      atomicMax(&blocks->largest[2][column], __float_as_uint(fabsf(me.lane & 4 ? high_of(a) : low_of(a))));
     }
   }
   return found;
@@ -201,7 +209,6 @@ __device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, c
     const float scale = block_scale(__uint_as_float(blocks.largest[kind][column]), p.pow2);
     blocks.inverse[kind][column] = __fdiv_rn(1.0f, scale);
     blocks.largest[kind][column] = 0;
-    if (!unit.alive) continue;
     if (kind == 2) {
       p.e_scale[block * p.width + unit.column + column] = scale;
     } else {
@@ -210,72 +217,45 @@ __device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, c
   }
 }
 
-// Of one half and one block of F, dz over z, and what wgrad reads to ``along``, or to global memory in 16 bits.
+// Of one half and one block of F, dz to where z was, and what wgrad reads in FP8 to ``along``.
 template <class Kind, int kBlock>
-__device__ __forceinline__ void emit(const Fp8Gemm& p, const Tokens& tokens, int half, const Blocks* blocks, Address z,
-                                     Address along, const Lane& me, const Unit& unit, const float (&total)[64]) {
+__device__ __forceinline__ void emit(const Tokens& tokens, int half, const Blocks* blocks, Address z, Address along,
+                                     const Lane& me, const float (&values)[64]) {
   const int first = 64 * half + me.token(0), of_warp = 64 * half + 16 * me.warp, named = me.lane / 8;
-  const Pair mine = pair_of(tokens, first);
   const float inverse[2] = {tokens.inverse[kBlock][first], tokens.inverse[kBlock][first + 1]};
   uint32_t activated[4];
 #pragma unroll
   for (int j = 8 * kBlock; j < 8 * kBlock + 8; j += 2) {
-    float gate[2][2][2], up[2][2][2], a[2][2][2];  // by next, below, b
-    for_sixteen<Kind>(p, mine, z, me, j, total, [&](int next, int below, int b, const Gradient& g, float) {
-      gate[next][below][b] = tamed(g.gate);
-      up[next][below][b] = tamed(g.up);
-      a[next][below][b] = mine.score[below] * g.activated;
-    });
-    uint32_t dz[4];
+    uint32_t a[4], dz[4], copies[4];  // copies of gates and ups, of the first eight columns and of the others
+    if constexpr (!Kind::kWide) load_matrices(pairs_place(z, me, j), a);
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
+      float gate[2][2], up[2][2];  // by below, b
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-        const float by = inverse[below], *g = gate[next][below], *u = up[next][below];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const uint32_t pair = __float_as_uint(values[4 * (j + next) + 2 * below + b]);
+          gate[below][b] = low_of(pair);
+          up[below][b] = high_of(pair);
+        }
+        const float by = inverse[below], *g = gate[below], *u = up[below];
         dz[2 * next + below] = to_e4m3(g[0] * by, u[0] * by, g[1] * by, u[1] * by);
+      }
+      if constexpr (!Kind::kWide) {
+        const int column = 8 * (j + next) + 2 * me.quad();
+        const auto along_tokens = [&](int kind, float above0, float below0, float above1, float below1) {
+          const float2 by = *reinterpret_cast<const float2*>(&blocks->inverse[kind][column]);
+          return to_e4m3(above0 * by.x, below0 * by.x, above1 * by.y, below1 * by.y);
+        };
+        const uint32_t above = a[2 * next], below = a[2 * next + 1];
+        copies[2 * next] = along_tokens(0, gate[0][0], gate[1][0], gate[0][1], gate[1][1]);
+        copies[2 * next + 1] = along_tokens(1, up[0][0], up[1][0], up[0][1], up[1][1]);
+        activated[j % 4 + next] = along_tokens(2, low_of(above), low_of(below), high_of(above), high_of(below));
       }
     }
     store_matrices(pairs_place(z, me, j), dz);
-    if constexpr (Kind::kWide) {
-      uint2 wide[2][2];
-      uint32_t wide_a[2][2];
-#pragma unroll
-      for (int next = 0; next < 2; ++next) {
-#pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          const float *g = gate[next][below], *u = up[next][below], *v = a[next][below];
-          wide[next][below] = make_uint2(two(g[0], u[0], p.half), two(g[1], u[1], p.half));
-          wide_a[next][below] = two(v[0], v[1], p.half);
-        }
-      }
-      if (!unit.alive) continue;
-#pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        const int64_t at = int64_t{opaque(unit.row + first + below)} * p.width + unit.column + 2 * me.quad();
-#pragma unroll
-        for (int next = 0; next < 2; ++next) {
-          reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dt) + 2 * at)[4 * (j + next)] = wide[next][below];
-          reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.e) + at)[4 * (j + next)] = wide_a[next][below];
-        }
-      }
-    } else {
-      uint32_t copies[4];  // gates and ups, of the first eight columns and of the others
-#pragma unroll
-      for (int next = 0; next < 2; ++next) {
-        const int column = 8 * (j + next) + 2 * me.quad();
-        const auto along_tokens = [&](int kind, const float(&v)[2][2]) {
-          const float2 by = *reinterpret_cast<const float2*>(&blocks->inverse[kind][column]);
-          return to_e4m3(v[0][0] * by.x, v[1][0] * by.x, v[0][1] * by.y, v[1][1] * by.y);
-        };
-        copies[2 * next] = along_tokens(0, gate[next]);
-        copies[2 * next + 1] = along_tokens(1, up[next]);
-#pragma unroll
-        for (int below = 0; below < 2; ++below) {
-#pragma unroll
-          for (int b = 0; b < 2; ++b) a[next][below][b] = tamed(a[next][below][b]);
-        }
-        activated[j % 4 + next] = along_tokens(2, a[next]);
-      }
+    if constexpr (!Kind::kWide) {
       const int f = 2 * (8 * (j % 8 + named / 2) + me.lane % 8) + named % 2;
       store_matrices_transposed(along + swizzled(f, of_warp), copies);
       if (j % 4 == 2) {
@@ -288,8 +268,8 @@ __device__ __forceinline__ void emit(const Fp8Gemm& p, const Tokens& tokens, int
 
 // All that leaves of one block of F.
 template <class Kind, int kBlock>
-__device__ __forceinline__ void store_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
-                                            const Unit& unit, float (&total)[2][64]) {
+__device__ __forceinline__ void store_block(const Maps& maps, Shared<Kind>& shared, const Lane& me,
+                                            const Unit& unit, int& half, float (&values)[2][64]) {
   uint8_t* out = shared.out.at[me.group];
   const Address z = opaque(shared_address(out));
   const Tokens& tokens = shared.tokens.at[me.group];
@@ -301,19 +281,17 @@ __device__ __forceinline__ void store_block(const Fp8Gemm& p, const Maps& maps, 
     along = opaque(shared_address(shared.along.at[me.group]));
   }
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    emit<Kind, kBlock>(p, tokens, half, blocks, z + half * kHalfBytes, along, me, unit, total[0]);
-    exchange_halves(total);
+  for (int n = 0; n < 2; ++n) {
+    if (n > 0) exchange_halves(values, half);
+    emit<Kind, kBlock>(tokens, half, blocks, z + half * kHalfBytes, along, me, values[0]);
   }
   if (!end_output(me)) return;
-  if (unit.alive) {
-    const int f = 2 * unit.column + kBlock * kTile;
-    tensor_store(maps.d, out + kBlock * kOperandBytes, f, unit.row);
-    if constexpr (!Kind::kWide) {
-      const uint8_t* copies = shared.along.at[me.group];
-      tensor_store(maps.dt, copies, unit.row, f);
-      tensor_store(maps.e, copies + kOperandBytes, unit.row, unit.column + kBlock * (kTile / 2));
-    }
+  const int f = 2 * unit.column + kBlock * kTile;
+  tensor_store(maps.d, out + kBlock * kOperandBytes, f, unit.row);
+  if constexpr (!Kind::kWide) {
+    const uint8_t* copies = shared.along.at[me.group];
+    tensor_store(maps.dt, copies, unit.row, f);
+    tensor_store(maps.e, copies + kOperandBytes, unit.row, unit.column + kBlock * (kTile / 2));
   }
   store_commit();
 }
@@ -327,34 +305,39 @@ __device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& map
   Blocks* blocks = nullptr;
   if constexpr (!Kind::kWide) blocks = &shared.blocks.at[me.group];
   barrier_wait(&shared.z_full[me.group], round);
+  if (!unit.alive) {  // z may be the neighbour's dz by now
+    warpgroup_sync(1 + me.group);  // and nobody writes about the next unit's tokens before all have read about this one's
+    return;
+  }
+  int half = 0;
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
+  for (int n = 0; n < 2; ++n) {
+    if (n > 0) exchange_halves(total, half);
     const int first = 64 * half + me.token(0);
-    const Pair pair = pair_of(tokens, first);
-    const Survey found = survey<Kind>(p, pair, blocks, z + half * kHalfBytes, me, total[0]);
+    const Survey found = survey<Kind>(p, tokens, blocks, z + half * kHalfBytes, me, unit, first, total[0]);
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int64_t row = unit.row + first + below;
 #pragma unroll
       for (int block = 0; block < kFBlocks; ++block) {
-        const float scale = block_scale(quad_max(found.row[below][block]), p.pow2);
+        const uint32_t pair = found.row[below][block];
+        const float largest = quad_max(fmaxf(fabsf(low_of(pair)), fabsf(high_of(pair))));
+        const float scale = block_scale(largest, p.pow2);
         const float product = quad_sum(found.product[below][block]);
         if (me.quad() != 0) continue;
         tokens.inverse[block][first + below] = __fdiv_rn(1.0f, scale);
-        if (!unit.alive) continue;
         p.d_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block] = scale;
         p.parts[row * (p.width / 64) + unit.column / 64 + block] = product;
       }
     }
-    exchange_halves(total);
   }
   warpgroup_sync(1 + me.group);
   if constexpr (!Kind::kWide) {
     scale_blocks(p, *blocks, me, unit);
     warpgroup_sync(1 + me.group);
   }
-  store_block<Kind, 0>(p, maps, shared, me, unit, total);
-  store_block<Kind, 1>(p, maps, shared, me, unit, total);
+  store_block<Kind, 0>(maps, shared, me, unit, half, total);
+  store_block<Kind, 1>(maps, shared, me, unit, half, total);
 }
 
 }  // namespace sonicmoe::sm90

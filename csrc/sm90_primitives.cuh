@@ -299,6 +299,25 @@ __device__ __forceinline__ uint32_t two(float low, float high, bool half) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// ---- Pairs of bfloat16
+
+__device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_of(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+// An Inf as a NaN, without a comparison: 0 times a number adds nothing.
+__device__ __forceinline__ uint32_t tamed_two(uint32_t pair) {
+  uint32_t found;
+  asm("fma.rn.bf16x2 %0, %1, %2, %1;" : "=r"(found) : "r"(pair), "r"(0));
+  return found;
+}
+
+// The larger magnitudes, with any signs. A NaN gives way to a number.
+__device__ __forceinline__ uint32_t larger_two(uint32_t x, uint32_t y) {
+  uint32_t found;
+  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(x), "r"(y));
+  return found;
+}
+
 // To two neighbours in memory, without a look at what comes out.
 __device__ __forceinline__ void add_two(float* target, float x, float y) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");

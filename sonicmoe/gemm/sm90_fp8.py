@@ -30,7 +30,7 @@ else:
     triton_quantize = None
 
 _NAME = "sm90_fp8_gemm"
-_PARTS = ("mainloop", "epilogues", "backward", "kernel", "maps")
+_PARTS = ("tiles", "mainloop", "epilogues", "backward", "kernel", "maps")
 _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for part in _PARTS))
 
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.

@@ -453,6 +453,16 @@ inline uint16_t sixteen(float value, bool half) {
 inline uint32_t two(float low, float high, bool half) {
   return sixteen(low, half) | static_cast<uint32_t>(sixteen(high, half)) << 16;
 }
+inline float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
+inline float high_of(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+inline uint32_t tamed_two(uint32_t pair) {
+  auto tamed = [](float x) { return std::isinf(x) ? std::nanf("") : x; };
+  return two(tamed(low_of(pair)), tamed(high_of(pair)), false);
+}
+inline uint32_t larger_two(uint32_t x, uint32_t y) {  // fmax knows no NaN where there is a number; the sign is as good as any
+  return two(std::fmax(std::fabs(low_of(x)), std::fabs(low_of(y))), -std::fmax(std::fabs(high_of(x)), std::fabs(high_of(y))),
+             false);
+}
 inline void add_two(float* target, float x, float y) {
   target[0] += x;
   target[1] += y;

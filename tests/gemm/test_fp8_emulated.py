@@ -15,6 +15,7 @@ if torch:
     from sonicmoe.quant import naive as quant
     from tests.support import fp8_emulator
     from tests.support.fp8_stages import NAMES, Fp8Problem, Stages, distance
+    from tests.support.gpu_problems import errors
 
     CPU = torch.device("cpu")
 
@@ -91,7 +92,14 @@ def test_the_engine_beside_the_naive_one(module, monkeypatch, cache_dir, setting
     plan, routing = problem.plan(cache_dir, fp8_pow2_scale=pow2), problem.route(cache_dir)
     found = problem.run(cache_dir, routing, plan)
     wanted = problem.run(cache_dir, routing, dataclasses.replace(plan, backend="naive"))
-    assert {name: distance(found[name], wanted[name]) < 1e-3 for name in NAMES} == dict.fromkeys(NAMES, True)
+    # Between the others and their FP8 codes dz and p*a are bfloat16, which moves some codes and makes nothing worse.
+    close = {name: 1e-3 if name in ("out", "ds") else 2e-2 for name in NAMES}
+    assert {name: distance(found[name], wanted[name]) < close[name] for name in NAMES} == dict.fromkeys(NAMES, True)
+    exact = problem.reference()
+    theirs = errors(wanted, exact)
+    assert {name: error < 1.02 * theirs[name] for name, error in errors(found, exact).items()} == dict.fromkeys(
+        NAMES, True
+    )
     grouped = problem.run(cache_dir, routing, plan, grouped=True)
     assert distance(grouped["dw2"], found["dw2"]) < SUMS
 

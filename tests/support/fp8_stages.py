@@ -69,9 +69,10 @@ class Stages:
     def rows(self, name: str) -> QuantTensor:
         return quant.quantize_rows(getattr(self.problem, name), self.plan.recipe)
 
-    def require_codes(self, found, wanted):
+    def require_codes(self, found, wanted, narrow=False):
         assert found.scale.shape == wanted.scale.shape
-        assert distance(found.scale, wanted.scale) < self.sums
+        # Where the largest of a block was rounded to bfloat16 first, it may have fallen on the other side as well.
+        assert distance(found.scale, wanted.scale) < self.sums + (self.codes**0.5 / 256 if narrow else 0)
         steps = (found.data.view(torch.uint8).int() - wanted.data.view(torch.uint8).int()).abs()
         assert (steps > 0).float().mean().item() <= self.codes
         assert (steps > 1).float().mean().item() <= self.codes / 8  # a step from one binade to the next, or across 0
@@ -104,11 +105,16 @@ class Stages:
         wanted_dz, wanted_pa, wanted_ds = naive.down_projection_backward(dout, z, self.weights, routing, plan, True)
         dz, pa, parts = sm90_fp8.down_projection_backward(dout, z, self.weights, routing, plan, need_wgrad=True)
         assert dz.rows is z, "dz takes z's place"
-        self.require_codes(dz.rows, quant.quantize_rows(wanted_dz, plan.recipe))
+
+        def quantized(rows):  # the kernel keeps dz and p*a in bfloat16 until it knows their scales
+            return quant.quantize_rows(rows.to(torch.bfloat16).float().contiguous(), plan.recipe)
+
+        self.require_codes(dz.rows, quantized(wanted_dz), narrow=True)
         for found, rows in ((dz.wgrad, wanted_dz), (pa, wanted_pa)):
             if fp8_wgrad:
-                wanted = quant.quantize_rows(rows.transpose(0, 1).contiguous(), plan.recipe)
-                self.require_codes(found, sm90_fp8.TokenMajor(wanted.data, wanted.scale.transpose(0, 1)))
+                wanted = quantized(rows.transpose(0, 1))
+                wanted = sm90_fp8.TokenMajor(wanted.data, wanted.scale.transpose(0, 1))
+                self.require_codes(found, wanted, narrow=True)
             else:
                 assert found.dtype == self.problem.dtype and distance(found, rows) < 2e-3 + self.sums
         ds = sm90_fp8.score_gradient(parts, routing, plan)
