@@ -128,22 +128,10 @@ __device__ __forceinline__ int column_of(const Lane& me, int quarter) {
   return 32 * quarter + me.lane / 8 * 8 + 2 * me.quad() + me.lane / 4 % 2;
 }
 
-// dz and p*a of two columns of one token, for a wgrad in 16 bits. ``column`` is a quad's first.
-__device__ __forceinline__ void store_wide(const Fp8Gemm& p, const Lane& me, const Unit& unit, int token, int column,
-                                           const Gradient (&g)[2], const float (&a)[2]) {
-  const uint2 dz = make_uint2(two(g[0].gate, g[0].up, p.half), two(g[1].gate, g[1].up, p.half));
-  const uint32_t pa = two(a[0], a[1], p.half);
-  // Of the unit, which is the same for all threads, and within it, for which 32 bits are enough.
-  const int64_t corner = int64_t{opaque(unit.row)} * p.width + unit.column;
-  const uint32_t at = opaque(token) * p.width + column + 2 * me.quad();
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.dt) + 2 * corner + 2 * at) = dz;
-  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.e) + corner + at) = pa;
-}
-
 // ``values`` are the sums, and then the pairs of dz.
 template <class Kind>
 __device__ __forceinline__ Survey survey(const Fp8Gemm& p, const Tokens& tokens, Blocks* blocks, Address z, const Lane& me,
-                                         const Unit& unit, int first, float (&values)[64]) {
+                                         int first, float (&values)[64]) {
   const Address z_scales = opaque(shared_address(&tokens.z_scale[0][first]));
   const float2 scores = load_two(opaque(shared_address(&tokens.score[first])));
   Survey found;
@@ -164,30 +152,25 @@ __device__ __forceinline__ Survey survey(const Fp8Gemm& p, const Tokens& tokens,
           float* const sums[2] = {&low, &low + 1};
           uint32_t& both = pairs[2 * next + below];
           float a[2];
-          Gradient g[2];
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
             const float2 code = from_e4m3(static_cast<uint16_t>(b ? both >> 16 : both));
             const float scale = below ? scales.y : scales.x, score = below ? scores.y : scores.x, da = *sums[b];
             const float2 value = make_float2(code.x * scale, code.y * scale);
-            g[b] = swiglu_gradient<Kind::kClamp>(value, score * da, p.clamp);
-            found.product[below][block] = fmaf(da, g[b].activated, found.product[below][block]);
-            a[b] = score * g[b].activated;
-            const uint32_t dz = tamed_two(two(g[b].gate, g[b].up, false));
+            const Gradient g = swiglu_gradient<Kind::kClamp>(value, score * da, p.clamp);
+            found.product[below][block] = fmaf(da, g.activated, found.product[below][block]);
+            a[b] = score * g.activated;
+            const uint32_t dz = tamed_two(two(g.gate, g.up, false));
             found.row[below][block] = larger_two(found.row[below][block], dz);
             uint32_t& largest = along[j % 4 * 2 + 2 * next + b];
             largest = larger_two(largest, dz);
             *sums[b] = __uint_as_float(dz);
           }
-          if constexpr (Kind::kWide) {
-            store_wide(p, me, unit, first + below, 8 * (j + next), g, a);
-          } else {
-            both = tamed_two(two(a[0], a[1], false));
-            along_a[j % 4 + next] = larger_two(along_a[j % 4 + next], both);
-          }
+          both = tamed_two(two(a[0], a[1], false));
+          along_a[j % 4 + next] = larger_two(along_a[j % 4 + next], both);
         }
       }
-      if constexpr (!Kind::kWide) store_matrices(pairs_place(z, me, j), pairs);
+      store_matrices(pairs_place(z, me, j), pairs);
     }
     if constexpr (!Kind::kWide) {
       const int column = column_of(me, quarter);
@@ -217,28 +200,44 @@ __device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, c
   }
 }
 
-// Of one half and one block of F, dz to where z was, and what wgrad reads in FP8 to ``along``.
+// For a wgrad in 16 bits: one half's dz and p*a of one block of F, of eight columns and this thread's ones among them.
+__device__ __forceinline__ void emit_wide(const Fp8Gemm& p, uint8_t* along, const Lane& me, int token, int column,
+                                          uint2 dz, uint32_t pa) {
+  if (p.half) {
+    dz = make_uint2(two(low_of(dz.x), high_of(dz.x), true), two(low_of(dz.y), high_of(dz.y), true));
+    pa = two(low_of(pa), high_of(pa), true);
+  }
+  token = opaque(token);  // places of all columns at once would take too many registers
+  const int f = 2 * column;  // rows of 128 bytes: two of dz, then one of p*a
+  uint8_t* place = along + f / 64 * kHalfBytes + swizzled(token, f % 64 * 2 + 8 * me.quad());
+  *reinterpret_cast<uint2*>(place) = dz;
+  *reinterpret_cast<uint32_t*>(along + kOperandBytes + swizzled(token, 2 * column + 4 * me.quad())) = pa;
+}
+
+// Of one half and one block of F, dz to where z was, and what wgrad reads to ``along``: in FP8 next to the other half's.
 template <class Kind, int kBlock>
-__device__ __forceinline__ void emit(const Tokens& tokens, int half, const Blocks* blocks, Address z, Address along,
-                                     const Lane& me, const float (&values)[64]) {
+__device__ __forceinline__ void emit(const Fp8Gemm& p, const Tokens& tokens, int half, const Blocks* blocks, Address z,
+                                     uint8_t* along, const Lane& me, const float (&values)[64]) {
   const int first = 64 * half + me.token(0), of_warp = 64 * half + 16 * me.warp, named = me.lane / 8;
   const float inverse[2] = {tokens.inverse[kBlock][first], tokens.inverse[kBlock][first + 1]};
+  const Address copies_place = opaque(shared_address(along));
   uint32_t activated[4];
 #pragma unroll
   for (int j = 8 * kBlock; j < 8 * kBlock + 8; j += 2) {
     uint32_t a[4], dz[4], copies[4];  // copies of gates and ups, of the first eight columns and of the others
-    if constexpr (!Kind::kWide) load_matrices(pairs_place(z, me, j), a);
+    load_matrices(pairs_place(z, me, j), a);
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
       float gate[2][2], up[2][2];  // by below, b
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const uint32_t pair = __float_as_uint(values[4 * (j + next) + 2 * below + b]);
-          gate[below][b] = low_of(pair);
-          up[below][b] = high_of(pair);
+        const float* pairs = values + 4 * (j + next) + 2 * below;
+        const uint2 both = make_uint2(__float_as_uint(pairs[0]), __float_as_uint(pairs[1]));
+        if constexpr (Kind::kWide) {
+          emit_wide(p, along, me, me.token(below), 8 * (j % 8 + next), both, a[2 * next + below]);
         }
+        gate[below][0] = low_of(both.x), gate[below][1] = low_of(both.y);
+        up[below][0] = high_of(both.x), up[below][1] = high_of(both.y);
         const float by = inverse[below], *g = gate[below], *u = up[below];
         dz[2 * next + below] = to_e4m3(g[0] * by, u[0] * by, g[1] * by, u[1] * by);
       }
@@ -257,10 +256,10 @@ __device__ __forceinline__ void emit(const Tokens& tokens, int half, const Block
     store_matrices(pairs_place(z, me, j), dz);
     if constexpr (!Kind::kWide) {
       const int f = 2 * (8 * (j % 8 + named / 2) + me.lane % 8) + named % 2;
-      store_matrices_transposed(along + swizzled(f, of_warp), copies);
+      store_matrices_transposed(copies_place + swizzled(f, of_warp), copies);
       if (j % 4 == 2) {
         const int i = 8 * (j % 8 - 2 + named) + me.lane % 8;
-        store_matrices_transposed(along + kOperandBytes + swizzled(i, of_warp), activated);
+        store_matrices_transposed(copies_place + kOperandBytes + swizzled(i, of_warp), activated);
       }
     }
   }
@@ -268,30 +267,33 @@ __device__ __forceinline__ void emit(const Tokens& tokens, int half, const Block
 
 // All that leaves of one block of F.
 template <class Kind, int kBlock>
-__device__ __forceinline__ void store_block(const Maps& maps, Shared<Kind>& shared, const Lane& me,
+__device__ __forceinline__ void store_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
                                             const Unit& unit, int& half, float (&values)[2][64]) {
-  uint8_t* out = shared.out.at[me.group];
-  const Address z = opaque(shared_address(out));
-  const Tokens& tokens = shared.tokens.at[me.group];
-  const Blocks* blocks = nullptr;
-  Address along = 0;
-  if constexpr (!Kind::kWide) {
-    if (kBlock > 0) begin_output(me);  // the block before is where this one's copies shall be
-    blocks = &shared.blocks.at[me.group];
-    along = opaque(shared_address(shared.along.at[me.group]));
-  }
+  const int group = opaque(me.group);
+  uint8_t *out = shared.out.at[group], *along = shared.along.at[group];
+  const int f = 2 * unit.column + kBlock * kTile, i = unit.column + kBlock * (kTile / 2);
 #pragma unroll 1
   for (int n = 0; n < 2; ++n) {
     if (n > 0) exchange_halves(values, half);
-    emit<Kind, kBlock>(tokens, half, blocks, z + half * kHalfBytes, along, me, values[0]);
+    if (Kind::kWide || (kBlock > 0 && n == 0)) begin_output(me);  // what lay there before has left
+    const Blocks* blocks = nullptr;
+    if constexpr (!Kind::kWide) blocks = &shared.blocks.at[me.group];
+    const Address z = opaque(shared_address(out)) + half * kHalfBytes;
+    emit<Kind, kBlock>(p, shared.tokens.at[me.group], half, blocks, z, along, me, values[0]);
+    if constexpr (Kind::kWide) {
+      if (!end_output(me)) continue;
+      const int row = unit.row + 64 * half;
+      tensor_store(maps.dt, along, f, row);
+      tensor_store(maps.dt, along + kHalfBytes, f + 64, row);
+      tensor_store(maps.e, along + kOperandBytes, i, row);
+      store_commit();
+    }
   }
   if (!end_output(me)) return;
-  const int f = 2 * unit.column + kBlock * kTile;
   tensor_store(maps.d, out + kBlock * kOperandBytes, f, unit.row);
   if constexpr (!Kind::kWide) {
-    const uint8_t* copies = shared.along.at[me.group];
-    tensor_store(maps.dt, copies, unit.row, f);
-    tensor_store(maps.e, copies + kOperandBytes, unit.row, unit.column + kBlock * (kTile / 2));
+    tensor_store(maps.dt, along, unit.row, f);
+    tensor_store(maps.e, along + kOperandBytes, unit.row, i);
   }
   store_commit();
 }
@@ -314,7 +316,7 @@ __device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& map
   for (int n = 0; n < 2; ++n) {
     if (n > 0) exchange_halves(total, half);
     const int first = 64 * half + me.token(0);
-    const Survey found = survey<Kind>(p, tokens, blocks, z + half * kHalfBytes, me, unit, first, total[0]);
+    const Survey found = survey<Kind>(p, tokens, blocks, z + half * kHalfBytes, me, first, total[0]);
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int64_t row = unit.row + first + below;
@@ -336,8 +338,8 @@ __device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& map
     scale_blocks(p, *blocks, me, unit);
     warpgroup_sync(1 + me.group);
   }
-  store_block<Kind, 0>(maps, shared, me, unit, half, total);
-  store_block<Kind, 1>(maps, shared, me, unit, half, total);
+  store_block<Kind, 0>(p, maps, shared, me, unit, half, total);
+  store_block<Kind, 1>(p, maps, shared, me, unit, half, total);
 }
 
 }  // namespace sonicmoe::sm90

@@ -61,7 +61,7 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
       for (; more; more = next_own(units, me, false, stage, unit)) {
         ask_for_z(p, maps, shared, me, unit);
         scales = token_row_scales<Kind>(p, shared, me, unit);
-        sum_steps(ring, me, stage, unit, scales, total);
+        sum_steps_alone(ring, me, stage, unit, scales, total);
         store_gradient(p, maps, shared, me, unit, stage.turn ^ 1, total);  // z has come as often as it was our turn
       }
     } else {

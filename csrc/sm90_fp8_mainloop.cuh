@@ -192,7 +192,17 @@ __device__ __forceinline__ void release(const Ring<Kind>& ring, const Lane& me, 
   if (me.lane < 2) barrier_arrive_at(ring.empty(s), me.lane);
 }
 
-// total [64,128] of this warpgroup, of each of its sums.
+template <class Kind>
+__device__ __forceinline__ void wait_for_turn(const Ring<Kind>& ring, const Lane& me, const Stage<Kind>& stage) {
+  barrier_wait(ring.my_turn, stage.turn ^ (me.group == 0));
+}
+template <class Kind>
+__device__ __forceinline__ void give_turn(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage) {
+  if (me.lane == 0) barrier_arrive(ring.other_turn);
+  stage.turn ^= 1;
+}
+
+// total [64,128] of this warpgroup, of each of its sums, where both warpgroups make each tile.
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
                                           Scales& scales, float (&total)[kSums<Kind>][64]) {
@@ -207,18 +217,11 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   float2 row, column[Kind::kStrips ? 16 : 1];
   auto begin = [&](int step, int sum) {
     const int s = stage.index;
-    // The two warpgroups take turns: with products, or the tensor cores would finish both at once, and wait while both
-    // add up; or with whole tiles. The first products of a tile then come after the last ones of the tile before, so
-    // that nobody waits for a stage more than one round ahead.
-    auto wait_for_turn = [&] { barrier_wait(ring.my_turn, stage.turn ^ (me.group == 0)); };
-    if (Kind::kAlone && step == 0 && sum == 0) wait_for_turn();
     if (sum == 0) barrier_wait(ring.full(s), stage.round);
-    if (!Kind::kAlone) wait_for_turn();
+    // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
+    wait_for_turn(ring, me, stage);
     multiply_stage(ring, s, sum, part);
-    if (!Kind::kAlone || (sum == kSums<Kind> - 1 && step == unit.steps - 1)) {
-      if (me.lane == 0) barrier_arrive(ring.other_turn);
-      stage.turn ^= 1;
-    }
+    give_turn(ring, me, stage);
     row = scales.rows(step, sum, Kind::kStrips ? ring.a_strip(s) : 0);
     // In registers before the products are waited for, and there for the other tile: a load of them takes as long from
     // shared memory as half of a tile's operands do.
@@ -256,6 +259,63 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     if (++step == unit.steps) break;
     begin(step, 0);
   }
+}
+
+// total [128,128] of this warpgroup alone, in halves of rows. Four products a step, of half the columns each: the tensor
+// cores have one while the result of the one before is added up.
+template <class Kind>
+__device__ __forceinline__ void sum_steps_alone(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage,
+                                                const Unit& unit, TokenRowScales<Kind>& scales, float (&total)[2][64]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) total[half][i] = 0.0f;
+  }
+  // Quarter 3 is added up in the next step; in the first one that is nothing. No product may be under way from one
+  // step to the next: the compiler would wait for each before it begins another.
+  float part[2][32] = {};
+  float2 row = {};
+  auto begin = [&](int quarter) {
+    const Operand a = ring.a(stage.index, quarter / 2);
+    const Operand b = further(ring.b(stage.index, 0), quarter % 2 * (kOperandBytes / 2));
+    float(&to)[32] = part[quarter % 2];
+    pin(to);
+    product_fence();
+#pragma unroll
+    for (int k = 0; k < kTile / 32; ++k) product_64x64x32(to, further(a, 32 * k), further(b, 32 * k), k > 0);
+    product_commit();
+  };
+  auto add_up = [&](int quarter) {
+    float(&from)[32] = part[quarter % 2];
+    pin(from);
+    float* to = total[quarter / 2] + quarter % 2 * 32;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) to[i] = fmaf(from[i], i % 4 < 2 ? row.x : row.y, to[i]);
+  };
+  // The first products of a tile come after the last ones of the other warpgroup's, so that nobody waits for a stage more
+  // than one round ahead.
+  wait_for_turn(ring, me, stage);
+#pragma unroll 1
+  for (int step = 0; step < unit.steps; ++step, stage.advance()) {
+    barrier_wait(ring.full(stage.index), stage.round);
+    begin(0);
+    add_up(3);
+    begin(1);
+    row = scales.rows(step, 0, 0);
+    product_wait<1>();
+    add_up(0);
+    begin(2);
+    product_wait<1>();
+    add_up(1);
+    begin(3);
+    row = scales.rows(step, 1, 0);
+    if (step == unit.steps - 1) give_turn(ring, me, stage);
+    product_wait<1>();
+    add_up(2);
+    product_wait();
+    release(ring, me, stage.index);
+  }
+  add_up(3);
 }
 
 }  // namespace sonicmoe::sm90

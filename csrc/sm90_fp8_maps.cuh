@@ -26,17 +26,22 @@ bool make_maps(UpKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
          (p.e == nullptr || describe(&maps.e, p.e, Item::kByte, p.n_rows, p.width / 2, 64));
 }
 
-template <bool kClamp>
-bool make_maps(WideDownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
+inline bool describe_down_backward(const Fp8Gemm& p, Maps& maps) {
   return describe_weights(p, maps, 64) && describe(&maps.z, p.z, Item::kByte, p.n_rows, 2 * p.width, 128) &&
          describe(&maps.d, p.d, Item::kByte, p.n_rows, 2 * p.width, 128);
 }
 
 template <bool kClamp>
 bool make_maps(DownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
-  return make_maps(WideDownBackwardKind<kClamp>(), p, maps) &&
-         describe(&maps.dt, p.dt, Item::kByte, 2 * p.width, p.n_rows, 128) &&
+  return describe_down_backward(p, maps) && describe(&maps.dt, p.dt, Item::kByte, 2 * p.width, p.n_rows, 128) &&
          describe(&maps.e, p.e, Item::kByte, p.width, p.n_rows, 64);
+}
+
+template <bool kClamp>
+bool make_maps(WideDownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
+  const Item item = p.half ? Item::kHalf : Item::kBfloat;
+  return describe_down_backward(p, maps) && describe(&maps.dt, p.dt, item, p.n_rows, 2 * p.width, 64) &&
+         describe(&maps.e, p.e, item, p.n_rows, p.width, 64);
 }
 
 inline bool make_maps(WgradKind, const Fp8Gemm& p, Maps& maps) {

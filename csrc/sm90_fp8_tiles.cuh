@@ -39,15 +39,15 @@ template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
   static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = false;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 24;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
   static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = true;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 24;
-  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
+  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 struct WgradKind {
   static constexpr bool kGather = false, kNeighbours = false, kStrips = true, kAlone = false;
