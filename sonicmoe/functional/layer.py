@@ -1,11 +1,14 @@
 """The layer as functions: router, routing and experts on the tape, with the published names and arguments."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
+from ..gemm.plan import Plan
 from ..routing.metadata import build as build_routing
 from ..routing.pairs import build as build_pairs
 from ..routing.pairs import order_by_token
@@ -48,9 +51,7 @@ def route_topk(
     which ``norm_topk_probs`` divides by their sum. Among equal logits the lower expert comes first.
     """
     config = SonicMoEConfig.current() if config is None else config
-    k = checks.require_int("K", k)
-    if k > logits.shape[1]:
-        raise ValueError(f"K: got {k}, need at most the number of experts, {int(logits.shape[1])}")
+    k = checked_topk(k, int(logits.shape[1]))
     with without_autocast(logits):
         if is_softmax_over_topk or norm_topk_probs:  # divided by their sum, both are the same numbers
             return _SoftmaxOverTopk.apply(logits.contiguous(), k, config)
@@ -74,25 +75,22 @@ def topk_layer(
 ):
     """(out [T,H], router logits [T,E], tokens of each expert [E] int32), with weights in native layout."""
     config = SonicMoEConfig.current()
-    _check_x(x, router_w)
+    require_router(x, router_w)
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
-        logits = _router_logits(x, router_w)
+        logits = router_logits(x, router_w)
         scores, indices = route_topk(logits, k, is_softmax_over_topk, norm_topk_probs, config)
         x = compute_input(x)
-        plan = _plan(x, w1_EFH, w2_EHI, activation, config)
+        plan = layer_plan(x, w1_EFH, w2_EHI, activation, config)
         with torch.no_grad():
-            routing = build_routing(
-                indices,
-                scores.detach(),
-                int(router_w.shape[0]),
-                plan.row_block,
-                config,
-                index_name="topk",
-                all_valid=True,
-            )
-            frequency = _frequency(routing, indices)
+            routing, frequency = route(indices, scores.detach(), int(router_w.shape[0]), plan, config)
         out = apply_experts(x, scores, w1_EFH, w2_EHI, routing, plan, inference)
     return out, logits, frequency
+
+
+def route(indices, scores, n_experts: int, plan: Plan, config: SonicMoEConfig):
+    """The routing of a top-k, and how many slots each expert got, int32 [E]."""
+    routing = build_routing(indices, scores, n_experts, plan.row_block, config, index_name="topk", all_valid=True)
+    return routing, _frequency(routing, indices)
 
 
 def moe_TC_softmax_topk_layer(
@@ -162,7 +160,7 @@ def moe_general_routing_inputs(
     inference = is_inference_mode_enabled
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
         x = compute_input(x)
-        plan = _plan(x, w1_EFH, w2_EHI, activation_type, config)
+        plan = layer_plan(x, w1_EFH, w2_EHI, activation_type, config)
         order = order_by_token(token_indices)
         tokens, experts, scores = (
             values.index_select(0, order) for values in (token_indices, expert_indices, router_scores)
@@ -187,19 +185,32 @@ def count_cumsum(x, E: int, do_cumsum: bool = True):
 
 def _frequency(routing, expert_ids):
     if routing.block == 1:
-        return routing.expert_offset[1:] - routing.expert_offset[:-1]
+        return torch.diff(routing.expert_offset)
     return count_cumsum(expert_ids.reshape(-1), routing.n_experts, do_cumsum=False)
 
 
-def _router_logits(x, router_w):
+def checked_topk(k, n_experts: int) -> int:
+    k = checks.require_int("K", k)
+    if k > n_experts:
+        raise ValueError(f"K: got {k}, need at most the number of experts, {n_experts}")
+    return k
+
+
+def router_logits(x, router_w):
     if x.dtype != router_w.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(router_w.dtype)  # a router is often kept in float32 beside bf16 experts
     return F.linear(x, router_w)
 
 
-def _check_x(x, router_w) -> None:
+def require_router(x, router_w) -> None:
+    checks.require_tensor("x", x)
+    checks.require_tensor("router_w", router_w)
+    _require_router(checks.facts_of(x), checks.facts_of(router_w))
+
+
+@lru_cache(maxsize=256)
+def _require_router(x: checks.Facts, router_w: checks.Facts) -> None:
     for name, tensor, layout in (("x", x, "[T, H]"), ("router_w", router_w, "[E, H]")):
-        checks.require_tensor(name, tensor)
         checks.require_rank(name, tensor, 2, layout)
         checks.require_dtype(name, tensor, checks.FLOAT_DTYPES)
     checks.require_shape("router_w", router_w, (router_w.shape[0], x.shape[1]), "[E, H], H as in x")
@@ -235,8 +246,14 @@ def _native_weights(w1, b1, w2, b2, activation, concat_layout: bool):
     return w1_EFH, w2_EHI
 
 
-def _plan(x, w1_EFH, w2_EHI, activation, config: SonicMoEConfig):
+def layer_plan(x, w1_EFH, w2_EHI, activation, config: SonicMoEConfig) -> Plan:
     """Checks of x and the weights together, none of which waits for the device."""
+    facts = map(checks.facts_of, (x, w1_EFH, w2_EHI))
+    return _layer_plan(*facts, ActivationType.parse(activation), config)
+
+
+@lru_cache(maxsize=256)
+def _layer_plan(x: checks.Facts, w1_EFH: checks.Facts, w2_EHI: checks.Facts, activation, config) -> Plan:
     plan = plan_for(x, activation, config)
     n_experts, hidden, intermediate = checks.shape_of(w2_EHI)
     checks.require_shape("x", x, (x.shape[0], hidden), "[T, H], H as in w2")
