@@ -9,6 +9,7 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
 from ..gemm.plan import Plan
+from ..routing.counts import count, slots_of_experts
 from ..routing.metadata import build as build_routing
 from ..routing.pairs import build as build_pairs
 from ..routing.pairs import order_by_token
@@ -90,7 +91,7 @@ def topk_layer(
 def route(indices, scores, n_experts: int, plan: Plan, config: SonicMoEConfig):
     """The routing of a top-k, and how many slots each expert got, int32 [E]."""
     routing = build_routing(indices, scores, n_experts, plan.row_block, config, index_name="topk", all_valid=True)
-    return routing, _frequency(routing, indices)
+    return routing, slots_of_experts(routing, indices, config)
 
 
 def moe_TC_softmax_topk_layer(
@@ -168,7 +169,7 @@ def moe_general_routing_inputs(
         with torch.no_grad():
             known = scores.detach().to(torch.float32)
             routing = build_pairs(tokens, experts, known, n_tokens, n_experts, plan.row_block, config)
-            frequency = _frequency(routing, expert_indices)
+            frequency = slots_of_experts(routing, expert_indices, config)
         out = apply_experts(x, scores, w1_EFH, w2_EHI, routing, plan, inference)
     return out, frequency
 
@@ -178,15 +179,8 @@ def count_cumsum(x, E: int, do_cumsum: bool = True):
     """How often each of 0..E-1 occurs in x, int32 [E], and the running sums of these counts. Waits for nothing."""
     checks.require_rank("x", x, 1, "")
     checks.require_dtype("x", x, checks.INT_DTYPES)
-    count = torch.zeros(E, dtype=torch.int32, device=x.device)
-    count.scatter_add_(0, x.to(torch.int64), torch.ones_like(x, dtype=torch.int32))
-    return (count, torch.cumsum(count, dim=0, dtype=torch.int32)) if do_cumsum else count
-
-
-def _frequency(routing, expert_ids):
-    if routing.block == 1:
-        return torch.diff(routing.expert_offset)
-    return count_cumsum(expert_ids.reshape(-1), routing.n_experts, do_cumsum=False)
+    found = count(x, E)
+    return (found, torch.cumsum(found, dim=0, dtype=torch.int32)) if do_cumsum else found
 
 
 def checked_topk(k, n_experts: int) -> int:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import launch
+from ..triton_launch import launch, next_power_of_2
 
 _WARPS = 4
 _ELEMENTS = 1024  # of the logits that one program holds at a time
@@ -71,7 +71,7 @@ def _loss_backward(
 
 
 def _sizes(n_experts: int) -> dict:
-    lanes = triton.next_power_of_2(n_experts)
+    lanes = next_power_of_2(n_experts)
     return {"E": n_experts, "LANES": lanes, "ROWS": max(1, _ELEMENTS // lanes)}
 
 
