@@ -173,8 +173,7 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
     everyone = (True,) * int(weight.shape[0])
     if owner is None:
         direct = checks.dtype_name(weight) == wgrad.plan.storage
-        make, dtype = (torch.empty, weight.dtype) if direct else (torch.zeros, torch.float32)
-        grad = make(weight.shape, dtype=dtype, device=weight.device)
+        grad = torch.empty_like(weight) if direct else torch.zeros_like(weight, dtype=torch.float32)
         into(wgrad, grad, everyone, direct)
         return grad.to(weight.dtype)
 

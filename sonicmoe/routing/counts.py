@@ -1,4 +1,4 @@
-"""How many slots each expert got. Counting ids is the definition; what waits for nothing and launches least is taken."""
+"""How many slots each expert got. Counting the ids is the definition; a GPU has ways with fewer launches."""
 
 from importlib.util import find_spec
 

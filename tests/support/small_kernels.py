@@ -452,6 +452,16 @@ def check_flags(device):
     third = triton_fingerprint.fingerprint(moved, second.state, second.table)
     if third.changed.tolist() != [0] * 6 or third.table is second.table:
         found.append(f"moved: {third.changed.tolist()}")
+    memory, table = triton_fingerprint.make_memory(tensors), None
+    for name, given, wanted in (("first", tensors, [1] * 6), ("same", tensors, [0] * 6), ("moved", moved, [0] * 6)):
+        kept = triton_fingerprint.fingerprint(given, table=table, memory=memory)
+        table = kept.table
+        if kept.changed.tolist() != wanted or kept.state is not memory.state or not same_bits(kept.state, third.state):
+            found.append(f"kept memory, {name}: {kept.changed.tolist()}")
+    moved[1][2] += 1
+    kept = triton_fingerprint.fingerprint(moved, table=table, memory=memory)
+    if kept.changed.tolist() != [0, 1, 0, 0, 0, 0]:
+        found.append(f"kept memory, one changed: {kept.changed.tolist()}")
     return found
 
 
