@@ -101,18 +101,16 @@ class MoE(nn.Module):
                 f"hidden_states: got shape {list(hidden_states.shape)}, need [..., H] with H={self.hidden_size}"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
-            if hidden_states.ndim == 2:  # a view of the same shape would be one more node on the tape
-                return runs[backend](hidden_states, is_inference_mode)
-            out, aux_loss = runs[backend](hidden_states.reshape(-1, self.hidden_size), is_inference_mode)
-        return out.reshape(hidden_states.shape), aux_loss
+            return runs[backend](hidden_states, is_inference_mode)
 
     def _fused(self, x, inference: bool):
         refuse_bias(add_bias=self.c_fc.bias)
         weights = self.router.weight, self.c_fc.weight, self.c_proj.weight
         return whole_layer(x, *weights, self.top_k, self.activation_function, inference)
 
-    def _plain(self, x, inference: bool):
+    def _plain(self, hidden_states, inference: bool):
         """The same function in torch ops that anybody can read, one expert after the other, in any float type."""
+        x = hidden_states.reshape(-1, self.hidden_size)
         logits = self.router(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         values, experts = logits.sort(dim=-1, descending=True, stable=True)
@@ -124,7 +122,7 @@ class MoE(nn.Module):
             y = self.c_proj.expert(number, self._activate(self.c_fc.expert(number, x[token])))
             out, dtype = out.index_add(0, token, y.to(wide) * scores[token, slot, None].to(wide)), y.dtype
         frequency = torch.bincount(experts.flatten(), minlength=self.num_experts).to(torch.int32)
-        return out.to(dtype), None if inference else switch_loss(logits, frequency)
+        return out.to(dtype).reshape(hidden_states.shape), None if inference else switch_loss(logits, frequency)
 
     def _activate(self, h):
         if not is_glu(self.activation_function):

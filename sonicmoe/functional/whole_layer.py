@@ -19,18 +19,16 @@ from .streams import compute_input, on_stream, without_autocast
 
 
 def whole_layer(x, router_w, w1_EFH, w2_EHI, k: int, activation, inference: bool):
-    """(out [T,H], balance loss), with weights in native layout. Under ``inference`` nothing is kept for a backward, and
-    there is no loss (None)."""
+    """(out, balance loss) for x [..,H], with weights in native layout. Under ``inference`` nothing is kept for a
+    backward, and there is no loss (None)."""
     config = SonicMoEConfig.current()
-    require_router(x, router_w)
-    k = checked_topk(k, int(router_w.shape[0]))
     inputs = (x, router_w, w1_EFH, w2_EHI)
     with on_stream(None, x):
         if torch.is_grad_enabled() and not inference and any([tensor.requires_grad for tensor in inputs]):
             return _WholeLayer.apply(*inputs, k, activation, config)
         with torch.no_grad():
             logits, scores, _, routing, frequency, rows, plan = _routed(*inputs, k, activation, config)
-            out = apply_experts(rows, scores, w1_EFH, w2_EHI, routing, plan, inference)
+            out = apply_experts(rows, scores, w1_EFH, w2_EHI, routing, plan, inference).reshape(x.shape)
             if inference:
                 return out, None
             with without_autocast(x):
@@ -38,7 +36,11 @@ def whole_layer(x, router_w, w1_EFH, w2_EHI, k: int, activation, inference: bool
 
 
 def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
-    """All that comes before the experts."""
+    """All that comes before the experts, for the tokens of x [..,H] one after the other."""
+    if x.ndim != 2:
+        x = x.reshape(-1, x.shape[-1])
+    require_router(x, router_w)
+    k = checked_topk(k, int(router_w.shape[0]))
     logits = router_logits(x, router_w).contiguous()
     rows = compute_input(x)
     plan = layer_plan(rows, w1, w2, activation, config)
@@ -57,7 +59,9 @@ class _WholeLayer(torch.autograd.Function):
             out, ctx.call, z_parts = ExpertCall.forward(rows, w1, w2, routing, plan)
             loss = loss_forward(logits, frequency, config)
         ctx.save_for_backward(rows, router_w, w1, w2, logits, frequency, scores, indices, *z_parts)
-        ctx.x_dtype, ctx.config = x.dtype, config
+        ctx.x_shape, ctx.x_dtype, ctx.config = x.shape, x.dtype, config
+        if x.ndim != 2:
+            out.resize_(x.shape)  # of the same size; a view would be one that nobody may write in place
         ctx.set_materialize_grads(False)  # a result that nobody used costs nothing
         if not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(loss)
@@ -72,6 +76,7 @@ class _WholeLayer(torch.autograd.Function):
         dx = dlogits = drouter = dw1 = dw2 = None
         with without_autocast(rows):
             if dout is not None:
+                dout = dout.reshape(rows.shape)
                 needs = need_dx, need_logits, need1, need2
                 dx, ds, dw1, dw2 = ctx.call.backward(rows, w1, w2, z_parts, dout, *needs)
                 if need_logits:
@@ -83,7 +88,7 @@ class _WholeLayer(torch.autograd.Function):
             if need_router and dlogits is not None:
                 drouter = (dlogits.t() @ rows.to(logits.dtype)).to(router_w.dtype)
             if need_dx and dlogits is not None:
-                dx = _plus_product(dx, dlogits, router_w.to(logits.dtype), ctx.x_dtype)
+                dx = _plus_product(dx, dlogits, router_w.to(logits.dtype), ctx.x_dtype).reshape(ctx.x_shape)
         return dx, drouter, dw1, dw2, None, None, None
 
 

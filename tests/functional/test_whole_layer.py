@@ -59,8 +59,12 @@ def nodes_behind(node):
     return found
 
 
-def test_one_node_beside_those_of_the_leaves():
-    moe, (x, _) = make(), inputs(20, 64)
+SHAPES = pytest.mark.parametrize("shape", [(20, 64), (4, 5, 64), (64,)], ids=str)
+
+
+@SHAPES
+def test_one_node_beside_those_of_the_leaves(shape):
+    moe, (x, _) = make(), inputs(*shape)
     out, loss = moe(x)
     assert out.grad_fn is loss.grad_fn and len(nodes_behind(out.grad_fn)) == 1 + len(NAMES)
 
@@ -143,9 +147,10 @@ def test_a_second_derivative_is_an_error(use):
         dx.sum().backward()
 
 
-def test_results_may_be_written_in_place():
+@SHAPES
+def test_results_may_be_written_in_place(shape):
     """As residuals and loss weights are."""
-    moe, (x, dout) = make(), inputs(20, 64)
+    moe, (x, dout) = make(), inputs(*shape)
     expected = gradients(whole, moe, x, dout, NAMES)
     out, loss = moe(x)
     out += 1.0
