@@ -24,7 +24,7 @@ from ..gemm.plan import Plan
 from ..routing.metadata import Routing
 from ..wgrad_deferral import offer_wgrad
 from .fp8_weights import fp8_weights
-from .streams import without_autocast
+from .streams import in_dtype, without_autocast
 
 # Two threads may run backwards through the same weights.
 _main_grad_lock = threading.Lock()
@@ -118,7 +118,7 @@ def _engine_weights(w1, w2, plan: Plan):
         fp8, still_good = fp8_weights(w1, w2, plan)
         return ExpertWeights(None, None, fp8, hidden, intermediate), still_good
     storage = getattr(torch, plan.storage)
-    return ExpertWeights(w1.to(storage), w2.to(storage), None, hidden, intermediate), None
+    return ExpertWeights(in_dtype(w1, storage), in_dtype(w2, storage), None, hidden, intermediate), None
 
 
 def _apart(z):
@@ -175,7 +175,7 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
         direct = checks.dtype_name(weight) == wgrad.plan.storage
         grad = torch.empty_like(weight) if direct else torch.zeros_like(weight, dtype=torch.float32)
         into(wgrad, grad, everyone, direct)
-        return grad.to(weight.dtype)
+        return in_dtype(grad, weight.dtype)
 
     def add():
         main_grad = main_grad_of(point, owner)

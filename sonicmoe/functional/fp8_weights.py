@@ -12,7 +12,7 @@ import torch
 
 from ..quant.api import WeightCopies, quantize_weights
 from ..quant.formats import QuantWeights
-from .streams import InTurns
+from .streams import InTurns, in_dtype
 
 _lock = threading.Lock()
 # By the first weight, or what it is a view of, and by the second: {where in them, and how: (copies, who writes them)}
@@ -27,8 +27,7 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
     """
     storage = getattr(torch, plan.storage)
     owners, cast = [w if w._base is None else w._base for w in (w1, w2)], w1.dtype != storage or w2.dtype != storage
-    if cast:
-        w1, w2 = w1.to(storage), w2.to(storage)
+    w1, w2 = in_dtype(w1, storage), in_dtype(w2, storage)
     if cast or not WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
         return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
     # Not where they lie: memory may move under a parameter, and that is no reason for another set.

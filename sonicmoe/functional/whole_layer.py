@@ -15,7 +15,7 @@ from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
 from .autograd import ExpertCall, apply_experts
 from .layer import checked_topk, layer_plan, require_router, route, router_logits
-from .streams import compute_input, on_stream, without_autocast
+from .streams import compute_input, in_dtype, on_stream, without_autocast
 
 
 def whole_layer(x, router_w, w1_EFH, w2_EHI, k: int, activation, inference: bool):
@@ -76,7 +76,7 @@ class _WholeLayer(torch.autograd.Function):
         dx = dlogits = drouter = dw1 = dw2 = None
         with without_autocast(rows):
             if dout is not None:
-                dout = dout.reshape(rows.shape)
+                dout = dout if dout.ndim == 2 else dout.reshape(rows.shape)
                 needs = need_dx, need_logits, need1, need2
                 dx, ds, dw1, dw2 = ctx.call.backward(rows, w1, w2, z_parts, dout, *needs)
                 if need_logits:
@@ -86,9 +86,11 @@ class _WholeLayer(torch.autograd.Function):
                 dlogits = of_loss if dlogits is None else dlogits.add_(of_loss)
             # The router has multiplied in the type of its logits, whatever x and its weight came in.
             if need_router and dlogits is not None:
-                drouter = (dlogits.t() @ rows.to(logits.dtype)).to(router_w.dtype)
+                drouter = in_dtype(dlogits.t() @ in_dtype(rows, logits.dtype), router_w.dtype)
             if need_dx and dlogits is not None:
-                dx = _plus_product(dx, dlogits, router_w.to(logits.dtype), ctx.x_dtype).reshape(ctx.x_shape)
+                dx = _plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype)
+                if dx.shape != ctx.x_shape:
+                    dx = dx.reshape(ctx.x_shape)
         return dx, drouter, dw1, dw2, None, None, None
 
 
@@ -96,5 +98,5 @@ def _plus_product(dx, dlogits, router_w, dtype):
     """dx (or nothing) + dlogits @ router_w in ``dtype``; dx may be written."""
     if dx is not None and dx.dtype == dlogits.dtype == dtype:
         return dx.addmm_(dlogits, router_w)
-    product = (dlogits @ router_w).to(dtype)
-    return product if dx is None else product.add_(dx.to(dtype))
+    product = in_dtype(dlogits @ router_w, dtype)
+    return product if dx is None else product.add_(in_dtype(dx, dtype))

@@ -52,7 +52,7 @@ class WeightCopies:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self._memory = self._flags = self._table = self._made = None
+        self._memory = self._flags = self._table = self._made = self._copies = None
         self._unfinished = False
 
     @staticmethod
@@ -81,4 +81,6 @@ class WeightCopies:
             ]
         )
         self._unfinished = False
-        return _together(*self._made, self.recipe)
+        if self._copies is None:  # later calls write the same memory
+            self._copies = _together(*self._made, self.recipe)
+        return self._copies

@@ -20,8 +20,8 @@ def count(ids, n: int):
 
 def slots_of_experts(routing, expert_ids, config):
     """int32 [E]. ``expert_ids`` are those that ``routing`` was made from, each of them an expert."""
+    if triton_counts is not None and config.backend != "naive" and not checks.is_cpu(routing.expert_offset):
+        return triton_counts.slots_of_experts(routing)
     if routing.block == 1:
         return torch.diff(routing.expert_offset)
-    if triton_counts is None or config.backend == "naive" or checks.is_cpu(routing.expert_offset):
-        return count(expert_ids.reshape(-1), routing.n_experts)
-    return triton_counts.slots_of_experts(routing)
+    return count(expert_ids.reshape(-1), routing.n_experts)
