@@ -31,8 +31,9 @@ class Facts(NamedTuple):
         return self.contiguous
 
 
-def facts_of(tensor) -> Facts:
-    return Facts(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+def facts_of(*tensors) -> tuple[tuple, ...]:
+    """The fields of each one's ``Facts``: plain tuples, because a key is made at every call and read almost never."""
+    return tuple([(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors])
 
 
 def dtype_name(tensor) -> str:

@@ -199,11 +199,12 @@ def router_logits(x, router_w):
 def require_router(x, router_w) -> None:
     checks.require_tensor("x", x)
     checks.require_tensor("router_w", router_w)
-    _require_router(checks.facts_of(x), checks.facts_of(router_w))
+    _require_router(checks.facts_of(x, router_w))
 
 
 @lru_cache(maxsize=256)
-def _require_router(x: checks.Facts, router_w: checks.Facts) -> None:
+def _require_router(facts) -> None:
+    x, router_w = (checks.Facts(*fields) for fields in facts)
     for name, tensor, layout in (("x", x, "[T, H]"), ("router_w", router_w, "[E, H]")):
         checks.require_rank(name, tensor, 2, layout)
         checks.require_dtype(name, tensor, checks.FLOAT_DTYPES)
@@ -242,12 +243,12 @@ def _native_weights(w1, b1, w2, b2, activation, concat_layout: bool):
 
 def layer_plan(x, w1_EFH, w2_EHI, activation, config: SonicMoEConfig) -> Plan:
     """Checks of x and the weights together, none of which waits for the device."""
-    facts = map(checks.facts_of, (x, w1_EFH, w2_EHI))
-    return _layer_plan(*facts, ActivationType.parse(activation), config)
+    return _layer_plan(checks.facts_of(x, w1_EFH, w2_EHI), ActivationType.parse(activation), config)
 
 
 @lru_cache(maxsize=256)
-def _layer_plan(x: checks.Facts, w1_EFH: checks.Facts, w2_EHI: checks.Facts, activation, config) -> Plan:
+def _layer_plan(facts, activation: ActivationType, config: SonicMoEConfig) -> Plan:
+    x, w1_EFH, w2_EHI = (checks.Facts(*fields) for fields in facts)
     plan = plan_for(x, activation, config)
     n_experts, hidden, intermediate = checks.shape_of(w2_EHI)
     checks.require_shape("x", x, (x.shape[0], hidden), "[T, H], H as in w2")

@@ -6,6 +6,8 @@ slots and rows there are is read at run time and is no part of a kernel's key. T
 not be looked at for alignment: they are cut out of one allocation, wherever the counts before them happen to end.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -71,9 +73,7 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
         return out
     if routing.n_slots == 0:
         return out.zero_()
-    lanes = min(_THREADS * (4 if rows_MH.dtype == torch.float32 else 8), next_power_of_2(width))
-    pieces = _even_share(-(-width // lanes), _PIECES)
-    in_flight = _IN_FLIGHT if routing.n_topk is None else _even_share(routing.n_topk, _IN_FLIGHT)
+    lanes, pieces, in_flight = _share(width, rows_MH.dtype == torch.float32, routing.n_topk)
     launch(
         _sum_slots,
         routing.n_tokens * -(-width // (lanes * pieces)),
@@ -86,6 +86,14 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
         maxnreg=_REGISTERS,
     )
     return out
+
+
+@cache
+def _share(width: int, wide: bool, n_topk: int | None) -> tuple[int, int, int]:
+    """(LANES, PIECES, IN_FLIGHT) of ``_sum_slots``."""
+    lanes = min(_THREADS * (4 if wide else 8), next_power_of_2(width))
+    in_flight = _IN_FLIGHT if n_topk is None else _even_share(n_topk, _IN_FLIGHT)
+    return lanes, _even_share(-(-width // lanes), _PIECES), in_flight
 
 
 def _even_share(whole: int, limit: int) -> int:

@@ -4,6 +4,8 @@ has its order.
 Compiled once for each (E, type of the logits); the number of tokens is no part of a kernel's key.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -70,6 +72,7 @@ def _loss_backward(
     tl.store(dlogits + row[:, None] * E + expert[None, :], value.to(dlogits.dtype.element_ty), mask=mask)
 
 
+@cache
 def _sizes(n_experts: int) -> dict:
     lanes = next_power_of_2(n_experts)
     return {"E": n_experts, "LANES": lanes, "ROWS": max(1, _ELEMENTS // lanes)}

@@ -7,6 +7,8 @@ first. -0 equals 0. A NaN counts as larger than anything, as in torch.topk, and 
 Compiled once for each (E, k, type of the logits); the number of tokens is no part of a kernel's key.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -125,6 +127,7 @@ def _topk_softmax_backward(
         tl.store(dlogits + row * E + expert, dlogit.to(dlogits.dtype.element_ty), mask=exists & (expert < E))
 
 
+@cache
 def _shape(n_experts: int, wide: bool) -> tuple[int, int, int]:
     """(TILE, TILES, ROWS): at most eight tiles, and rows for all threads at 16 bytes each."""
     whole = next_power_of_2(n_experts)
