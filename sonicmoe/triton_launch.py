@@ -21,7 +21,8 @@ class _Started:
         self.compiled, self.start, self.fixed = compiled, None, ()
 
     def look_up(self) -> None:
-        """Not before the first start: a kernel has no launcher until it is loaded."""
+        """Not before the first start: a kernel has no launcher until it is loaded. ``start`` comes last, because
+        another thread takes it for the sign that all is there."""
         compiled = self.compiled
         run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
         if type(run).__name__ == "CudaLauncher" and sys.modules["triton"].__version__.startswith(_KNOWN_LAUNCHERS):
@@ -29,7 +30,7 @@ class _Started:
                 self.fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
                 self.start = run.launch
                 return
-        self.start, self.fixed = run, (compiled.function, *rest)
+        self.fixed, self.start = (compiled.function, *rest), run
 
 
 _compiled: dict[tuple, _Started] = {}

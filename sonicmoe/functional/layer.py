@@ -17,7 +17,7 @@ from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
 from .autograd import apply_experts
 from .kernel_views import native_view, refuse_bias
-from .streams import compute_input, on_stream, plan_for, without_autocast
+from .streams import compute_input, in_dtype, on_stream, plan_for, without_autocast
 
 
 class _SoftmaxOverTopk(torch.autograd.Function):
@@ -191,9 +191,15 @@ def checked_topk(k, n_experts: int) -> int:
 
 
 def router_logits(x, router_w):
-    if x.dtype != router_w.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(router_w.dtype)  # a router is often kept in float32 beside bf16 experts
-    return F.linear(x, router_w)
+    """In autocast's type, or the router's own: one is often kept in float32 beside bf16 experts.
+
+    The cast is made here, because autocast keeps its casts for later ops: one made within an autograd node, off the
+    tape, would take from these the gradient of the router.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else router_w.dtype
+    with without_autocast(x):
+        return F.linear(in_dtype(x, dtype), in_dtype(router_w, dtype))
 
 
 def require_router(x, router_w) -> None:

@@ -41,7 +41,7 @@ def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
         x = x.reshape(-1, x.shape[-1])
     require_router(x, router_w)
     k = checked_topk(k, int(router_w.shape[0]))
-    logits = router_logits(x, router_w).contiguous()
+    logits = router_logits(x, router_w)
     rows = compute_input(x)
     plan = layer_plan(rows, w1, w2, activation, config)
     with without_autocast(x):

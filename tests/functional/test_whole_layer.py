@@ -123,6 +123,20 @@ def test_types(types):
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize("call", [whole, in_parts])
+def test_autocast_keeps_no_cast_of_the_router_that_is_off_the_tape(call):
+    """Another loss in the same region, on the router's weight: autocast would take its cast of an earlier op."""
+    moe, (x, _) = make(), inputs(20, 64)
+    weight = moe.router.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        call(moe, x)
+        with torch.no_grad():
+            call(moe, x)
+        of_router = torch.nn.functional.linear(x.detach(), weight).float().square().sum()
+    (grad,) = torch.autograd.grad(of_router, weight)
+    assert grad.any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_tokens(dtype):
     moe, (x, dout) = make(dtype=dtype), inputs(0, 64, dtype=dtype)
