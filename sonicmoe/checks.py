@@ -5,6 +5,7 @@ They look at shapes, dtypes and host values only, so none of them waits for a de
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 INT_DTYPES = ("int32", "int64")
@@ -15,6 +16,24 @@ FP8_DTYPE = "float8_e4m3fn"
 ALIGN_BYTES = 16
 FP8_ALIGN = 128
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Facts(NamedTuple):
+    """All that the checks below may look at in a tensor. A verdict on facts can be remembered by them: it cannot depend
+    on anything else."""
+
+    shape: Any
+    dtype: Any
+    device: Any
+    contiguous: bool
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+
+def facts_of(*tensors) -> tuple[tuple, ...]:
+    """The fields of each one's ``Facts``: plain tuples, because a key is made at every call and read almost never."""
+    return tuple([(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors])
 
 
 def dtype_name(tensor) -> str:

@@ -372,8 +372,10 @@ class SonicMoEConfig(HashedOnce):
             return cls()
         seen, config = _standing[0]
         if config is None or seen != variables:
-            seen = dict(variables)
-            config = cls()
+            seen, fresh = dict(variables), cls()
+            # The same object for the same settings: what is remembered by it is then found without comparing them.
+            if config != fresh or config._sources != fresh._sources:
+                config = fresh
             _standing[0] = (seen, config)
         return config
 

@@ -23,11 +23,13 @@ def raw_stream(stream) -> int | None:
     raise TypeError(f"stream_id: got {type(stream).__name__}, need an integer handle, a Stream object or None")
 
 
+_raw_stream_of = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(tensor) -> int:
     """The raw handle of the stream that the framework would launch on, on the tensor's device. 0 is the default one."""
-    fast = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
-    if fast is not None:
-        return fast(tensor.device.index)
+    if _raw_stream_of is not None:
+        return _raw_stream_of(tensor.device.index)
     return raw_stream(torch.cuda.current_stream(tensor.device)) or 0
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from . import checks
 from .enums import ActivationType, KernelBackendMoE, is_glu
 from .functional.kernel_views import refuse_bias
-from .functional.layer import topk_layer
 from .functional.switch_loss import switch_loss
+from .functional.whole_layer import whole_layer
 
 _CURVES = {
     ActivationType.SILU: F.silu,
@@ -101,25 +101,16 @@ class MoE(nn.Module):
                 f"hidden_states: got shape {list(hidden_states.shape)}, need [..., H] with H={self.hidden_size}"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
-            x = hidden_states.reshape(-1, self.hidden_size)
-            out, logits, frequency = runs[backend](x, is_inference_mode)
-            aux_loss = None if is_inference_mode else switch_loss(logits, frequency)
-        return out.reshape(hidden_states.shape), aux_loss
+            return runs[backend](hidden_states, is_inference_mode)
 
     def _fused(self, x, inference: bool):
         refuse_bias(add_bias=self.c_fc.bias)
-        return topk_layer(
-            x,
-            self.router.weight,
-            self.c_fc.weight,
-            self.c_proj.weight,
-            self.top_k,
-            self.activation_function,
-            inference=inference,
-        )
+        weights = self.router.weight, self.c_fc.weight, self.c_proj.weight
+        return whole_layer(x, *weights, self.top_k, self.activation_function, inference)
 
-    def _plain(self, x, inference: bool):
+    def _plain(self, hidden_states, inference: bool):
         """The same function in torch ops that anybody can read, one expert after the other, in any float type."""
+        x = hidden_states.reshape(-1, self.hidden_size)
         logits = self.router(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         values, experts = logits.sort(dim=-1, descending=True, stable=True)
@@ -131,7 +122,7 @@ class MoE(nn.Module):
             y = self.c_proj.expert(number, self._activate(self.c_fc.expert(number, x[token])))
             out, dtype = out.index_add(0, token, y.to(wide) * scores[token, slot, None].to(wide)), y.dtype
         frequency = torch.bincount(experts.flatten(), minlength=self.num_experts).to(torch.int32)
-        return out.to(dtype), logits, frequency
+        return out.to(dtype).reshape(hidden_states.shape), None if inference else switch_loss(logits, frequency)
 
     def _activate(self, h):
         if not is_glu(self.activation_function):

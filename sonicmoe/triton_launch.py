@@ -10,7 +10,35 @@ import sys
 
 from .launch import current_stream
 
-_compiled: dict[tuple, object] = {}
+# Whose launcher is known to the letter: which arguments it hands on, and which two memories it makes room for before.
+_KNOWN_LAUNCHERS = ("3.6.",)
+
+
+class _Started:
+    """A compiled kernel and how to start it here: ``start(blocks, 1, 1, stream, *fixed, *arguments)``."""
+
+    def __init__(self, compiled):
+        self.compiled, self.start, self.fixed = compiled, None, ()
+
+    def look_up(self) -> None:
+        """Not before the first start: a kernel has no launcher until it is loaded. ``start`` comes last, because
+        another thread takes it for the sign that all is there."""
+        compiled = self.compiled
+        run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
+        if type(run).__name__ == "CudaLauncher" and sys.modules["triton"].__version__.startswith(_KNOWN_LAUNCHERS):
+            if run.global_scratch_size == run.profile_scratch_size == 0:
+                self.fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+                self.start = run.launch
+                return
+        self.fixed, self.start = (compiled.function, *rest), run
+
+
+_compiled: dict[tuple, _Started] = {}
+
+
+def next_power_of_2(n: int) -> int:
+    """As ``triton.next_power_of_2`` for n > 0, which unwraps its argument first and costs a third of a launch."""
+    return 1 << (n - 1).bit_length()
 
 
 def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> None:
@@ -29,20 +57,21 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
             known.append(operand.dtype)
             known.append(operand.data_ptr() % 16 == 0)
     known = tuple(known)
-    compiled = _compiled.get(known)
-    if compiled is not None:
-        arguments, stream = (*operands, *constants.values()), current_stream(like)
+    found = _compiled.get(known)
+    if found is not None:
+        stream = current_stream(like)
         if _hooked():
-            compiled[blocks, 1, 1](*arguments, stream=stream)
-        else:  # what that does, without what it prepares for hooks
-            compiled.run(
-                blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-            )
+            found.compiled[blocks, 1, 1](*operands, *constants.values(), stream=stream)
+            return
+        # What that does, without what it prepares for hooks.
+        if found.start is None:
+            found.look_up()
+        found.start(blocks, 1, 1, stream, *found.fixed, *operands, *constants.values())
         return
     compiled = kernel[(blocks,)](*operands, **constants, **options)
     if compiled is not None:  # Triton's interpreter compiles nothing
         _require_fit(kernel, operands, constants)
-        _compiled[known] = compiled
+        _compiled[known] = _Started(compiled)
 
 
 def _hooked() -> bool:

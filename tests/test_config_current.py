@@ -25,6 +25,16 @@ def test_current_hears_every_change_of_the_environment(monkeypatch):
             SonicMoEConfig.current()
 
 
+def test_current_is_one_object_for_the_same_settings(monkeypatch):
+    """Callers remember things by it. Where a value came from is part of it."""
+    before = SonicMoEConfig.current()
+    monkeypatch.setenv("SOMEBODY_ELSES", "1")
+    assert SonicMoEConfig.current() is before
+    monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "0")
+    given = SonicMoEConfig.current()
+    assert given == before and given is not before and given.source_of("fp8_wgrad") == "environment"
+
+
 def test_activate_nests_and_unwinds(monkeypatch):
     monkeypatch.setenv("SONIC_MOE_FP8_WGRAD", "1")
     outer, inner = SonicMoEConfig(fp8_mode="perf"), SonicMoEConfig(fp8_mode="mem")

@@ -1,6 +1,7 @@
 """torch autograd over the engine.
 
-x, the scores and both weights are inputs of one autograd node. The gradient of a weight takes one of two ways:
+x, the scores and both weights are inputs of one autograd node, or the inputs of a larger one (``whole_layer.py``) take
+their place. The gradient of a weight takes one of two ways:
 
 - ordinary: backward returns it in the weight's dtype. Where that is the type of the computation the stages write it
   there directly, so no fp32 copy of the weights' size exists.
@@ -23,7 +24,7 @@ from ..gemm.plan import Plan
 from ..routing.metadata import Routing
 from ..wgrad_deferral import offer_wgrad
 from .fp8_weights import fp8_weights
-from .streams import without_autocast
+from .streams import in_dtype, without_autocast
 
 # Two threads may run backwards through the same weights.
 _main_grad_lock = threading.Lock()
@@ -44,50 +45,70 @@ def apply_experts(x, scores, w1_EFH, w2_EHI, routing: Routing, plan: Plan, infer
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scores, w1, w2, routing, plan):
-        ctx.owner1 = w1 if main_grad_of("w1", w1) is not None else None
-        ctx.owner2 = w2 if main_grad_of("w2", w2) is not None else None
         with without_autocast(x):
-            weights, still_good = _engine_weights(w1, w2, plan)
-            out, saved = engine_forward(x, routing, weights, plan)
-        z_parts, ctx.z_block = _apart(saved.z)
-        # Weights as given: copies of them in another type are made again by backward and not kept in between.
+            out, ctx.call, z_parts = ExpertCall.forward(x, w1, w2, routing, plan)
         ctx.save_for_backward(x, w1, w2, *z_parts)
-        ctx.routing, ctx.plan, ctx.scores_dtype = routing, plan, scores.dtype
-        ctx.fp8_weights = (weights, still_good) if weights.fp8 is not None else (None, lambda: False)
-        ctx.z_turns = iter((True,))
+        ctx.scores_dtype = scores.dtype
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, w1, w2, *z_parts = ctx.saved_tensors
-        need_dx, need_ds, need1, need2 = ctx.needs_input_grad[:4]
-        plan, z, uses_up_z = ctx.plan, None, False
-        # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
-        if next(ctx.z_turns, False):
-            z, uses_up_z = _together(z_parts, ctx.z_block), stages(plan).DX_FIRST
         with without_autocast(x):
-            weights, still_good = ctx.fp8_weights
-            if not still_good():
-                weights, _ = _engine_weights(w1, w2, plan)
-            saved = Saved(x=x, z=z, routing=ctx.routing, weights=weights, plan=plan)
-            z = None  # the engine's alone now
-            dw2 = None
+            dx, ds, dw1, dw2 = ctx.call.backward(x, w1, w2, z_parts, dout, *ctx.needs_input_grad[:4])
+        return dx, None if ds is None else ds.to(ctx.scores_dtype), dw1, dw2, None, None
 
-            def deliver_dw2(wgrad):
-                nonlocal dw2
-                if uses_up_z:
-                    _free(z_parts)
-                if need2:
-                    dw2 = _weight_grad("w2", w2, ctx.owner2, _into_dw2, wgrad)
 
-            grads = engine_backward(
-                saved, dout.contiguous(), need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2,
-                deliver_dw2=deliver_dw2,
-            )  # fmt: skip
-            dw1 = _weight_grad("w1", w1, ctx.owner1, _into_dw1, grads.wgrad) if need1 else None
-        ds = None if grads.ds is None else grads.ds.to(ctx.scores_dtype)
-        return grads.dx, ds, dw1, dw2, None, None
+class ExpertCall:
+    """One forward of the experts within an autograd node, and its backwards. It holds what they need beside the tensors
+    that the node saves: x and the weights as given, because copies of them in another type are made again by backward
+    and not kept in between, and the parts of z."""
+
+    def __init__(self, w1, w2, routing: Routing, plan: Plan):
+        self.routing, self.plan = routing, plan
+        self.owner1 = w1 if main_grad_of("w1", w1) is not None else None
+        self.owner2 = w2 if main_grad_of("w2", w2) is not None else None
+        self.fp8_weights, self.z_block = (None, lambda: False), None
+        self.z_turns = iter((True,))
+
+    @classmethod
+    def forward(cls, x, w1, w2, routing: Routing, plan: Plan):
+        """(out [T,H], the call, the parts of z to be saved)."""
+        call = cls(w1, w2, routing, plan)
+        weights, still_good = _engine_weights(w1, w2, plan)
+        if weights.fp8 is not None:
+            call.fp8_weights = weights, still_good
+        out, saved = engine_forward(x, routing, weights, plan)
+        z_parts, call.z_block = _apart(saved.z)
+        return out, call, z_parts
+
+    def backward(self, x, w1, w2, z_parts, dout, need_dx: bool, need_ds: bool, need1: bool, need2: bool):
+        """(dx, ds float32, dw1, dw2), each None where it is not needed or has gone into its ``main_grad``."""
+        plan, z, uses_up_z = self.plan, None, False
+        # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
+        if next(self.z_turns, False):
+            z, uses_up_z = _together(z_parts, self.z_block), stages(plan).DX_FIRST
+        weights, still_good = self.fp8_weights
+        if not still_good():
+            weights, _ = _engine_weights(w1, w2, plan)
+        saved = Saved(x=x, z=z, routing=self.routing, weights=weights, plan=plan)
+        z = None  # the engine's alone now
+        dw2 = None
+
+        def deliver_dw2(wgrad):
+            nonlocal dw2
+            if uses_up_z:
+                _free(z_parts)
+            if need2:
+                dw2 = _weight_grad("w2", w2, self.owner2, _into_dw2, wgrad)
+
+        grads = engine_backward(
+            saved, dout.contiguous(), need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2,
+            deliver_dw2=deliver_dw2,
+        )  # fmt: skip
+        dw1 = _weight_grad("w1", w1, self.owner1, _into_dw1, grads.wgrad) if need1 else None
+        return grads.dx, grads.ds, dw1, dw2
 
 
 def _engine_weights(w1, w2, plan: Plan):
@@ -96,8 +117,8 @@ def _engine_weights(w1, w2, plan: Plan):
     if plan.recipe is not None:
         fp8, still_good = fp8_weights(w1, w2, plan)
         return ExpertWeights(None, None, fp8, hidden, intermediate), still_good
-    w1, w2 = (w.detach().to(getattr(torch, plan.storage)) for w in (w1, w2))
-    return ExpertWeights(w1, w2, None, hidden, intermediate), None
+    storage = getattr(torch, plan.storage)
+    return ExpertWeights(in_dtype(w1, storage), in_dtype(w2, storage), None, hidden, intermediate), None
 
 
 def _apart(z):
@@ -152,10 +173,9 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
     everyone = (True,) * int(weight.shape[0])
     if owner is None:
         direct = checks.dtype_name(weight) == wgrad.plan.storage
-        make, dtype = (torch.empty, weight.dtype) if direct else (torch.zeros, torch.float32)
-        grad = make(weight.shape, dtype=dtype, device=weight.device)
+        grad = torch.empty_like(weight) if direct else torch.zeros_like(weight, dtype=torch.float32)
         into(wgrad, grad, everyone, direct)
-        return grad.to(weight.dtype)
+        return in_dtype(grad, weight.dtype)
 
     def add():
         main_grad = main_grad_of(point, owner)

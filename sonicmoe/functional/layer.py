@@ -1,11 +1,15 @@
 """The layer as functions: router, routing and experts on the tape, with the published names and arguments."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
+from ..gemm.plan import Plan
+from ..routing.counts import count, slots_of_experts
 from ..routing.metadata import build as build_routing
 from ..routing.pairs import build as build_pairs
 from ..routing.pairs import order_by_token
@@ -13,7 +17,7 @@ from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
 from .autograd import apply_experts
 from .kernel_views import native_view, refuse_bias
-from .streams import compute_input, on_stream, plan_for, without_autocast
+from .streams import compute_input, in_dtype, on_stream, plan_for, without_autocast
 
 
 class _SoftmaxOverTopk(torch.autograd.Function):
@@ -48,9 +52,7 @@ def route_topk(
     which ``norm_topk_probs`` divides by their sum. Among equal logits the lower expert comes first.
     """
     config = SonicMoEConfig.current() if config is None else config
-    k = checks.require_int("K", k)
-    if k > logits.shape[1]:
-        raise ValueError(f"K: got {k}, need at most the number of experts, {int(logits.shape[1])}")
+    k = checked_topk(k, int(logits.shape[1]))
     with without_autocast(logits):
         if is_softmax_over_topk or norm_topk_probs:  # divided by their sum, both are the same numbers
             return _SoftmaxOverTopk.apply(logits.contiguous(), k, config)
@@ -74,25 +76,22 @@ def topk_layer(
 ):
     """(out [T,H], router logits [T,E], tokens of each expert [E] int32), with weights in native layout."""
     config = SonicMoEConfig.current()
-    _check_x(x, router_w)
+    require_router(x, router_w)
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
-        logits = _router_logits(x, router_w)
+        logits = router_logits(x, router_w)
         scores, indices = route_topk(logits, k, is_softmax_over_topk, norm_topk_probs, config)
         x = compute_input(x)
-        plan = _plan(x, w1_EFH, w2_EHI, activation, config)
+        plan = layer_plan(x, w1_EFH, w2_EHI, activation, config)
         with torch.no_grad():
-            routing = build_routing(
-                indices,
-                scores.detach(),
-                int(router_w.shape[0]),
-                plan.row_block,
-                config,
-                index_name="topk",
-                all_valid=True,
-            )
-            frequency = _frequency(routing, indices)
+            routing, frequency = route(indices, scores.detach(), int(router_w.shape[0]), plan, config)
         out = apply_experts(x, scores, w1_EFH, w2_EHI, routing, plan, inference)
     return out, logits, frequency
+
+
+def route(indices, scores, n_experts: int, plan: Plan, config: SonicMoEConfig):
+    """The routing of a top-k, and how many slots each expert got, int32 [E]."""
+    routing = build_routing(indices, scores, n_experts, plan.row_block, config, index_name="topk", all_valid=True)
+    return routing, slots_of_experts(routing, indices, config)
 
 
 def moe_TC_softmax_topk_layer(
@@ -162,7 +161,7 @@ def moe_general_routing_inputs(
     inference = is_inference_mode_enabled
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
         x = compute_input(x)
-        plan = _plan(x, w1_EFH, w2_EHI, activation_type, config)
+        plan = layer_plan(x, w1_EFH, w2_EHI, activation_type, config)
         order = order_by_token(token_indices)
         tokens, experts, scores = (
             values.index_select(0, order) for values in (token_indices, expert_indices, router_scores)
@@ -170,7 +169,7 @@ def moe_general_routing_inputs(
         with torch.no_grad():
             known = scores.detach().to(torch.float32)
             routing = build_pairs(tokens, experts, known, n_tokens, n_experts, plan.row_block, config)
-            frequency = _frequency(routing, expert_indices)
+            frequency = slots_of_experts(routing, expert_indices, config)
         out = apply_experts(x, scores, w1_EFH, w2_EHI, routing, plan, inference)
     return out, frequency
 
@@ -180,26 +179,39 @@ def count_cumsum(x, E: int, do_cumsum: bool = True):
     """How often each of 0..E-1 occurs in x, int32 [E], and the running sums of these counts. Waits for nothing."""
     checks.require_rank("x", x, 1, "")
     checks.require_dtype("x", x, checks.INT_DTYPES)
-    count = torch.zeros(E, dtype=torch.int32, device=x.device)
-    count.scatter_add_(0, x.to(torch.int64), torch.ones_like(x, dtype=torch.int32))
-    return (count, torch.cumsum(count, dim=0, dtype=torch.int32)) if do_cumsum else count
+    found = count(x, E)
+    return (found, torch.cumsum(found, dim=0, dtype=torch.int32)) if do_cumsum else found
 
 
-def _frequency(routing, expert_ids):
-    if routing.block == 1:
-        return routing.expert_offset[1:] - routing.expert_offset[:-1]
-    return count_cumsum(expert_ids.reshape(-1), routing.n_experts, do_cumsum=False)
+def checked_topk(k, n_experts: int) -> int:
+    k = checks.require_int("K", k)
+    if k > n_experts:
+        raise ValueError(f"K: got {k}, need at most the number of experts, {n_experts}")
+    return k
 
 
-def _router_logits(x, router_w):
-    if x.dtype != router_w.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(router_w.dtype)  # a router is often kept in float32 beside bf16 experts
-    return F.linear(x, router_w)
+def router_logits(x, router_w):
+    """In autocast's type, or the router's own: one is often kept in float32 beside bf16 experts.
+
+    The cast is made here, because autocast keeps its casts for later ops: one made within an autograd node, off the
+    tape, would take from these the gradient of the router.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else router_w.dtype
+    with without_autocast(x):
+        return F.linear(in_dtype(x, dtype), in_dtype(router_w, dtype))
 
 
-def _check_x(x, router_w) -> None:
+def require_router(x, router_w) -> None:
+    checks.require_tensor("x", x)
+    checks.require_tensor("router_w", router_w)
+    _require_router(checks.facts_of(x, router_w))
+
+
+@lru_cache(maxsize=256)
+def _require_router(facts) -> None:
+    x, router_w = (checks.Facts(*fields) for fields in facts)
     for name, tensor, layout in (("x", x, "[T, H]"), ("router_w", router_w, "[E, H]")):
-        checks.require_tensor(name, tensor)
         checks.require_rank(name, tensor, 2, layout)
         checks.require_dtype(name, tensor, checks.FLOAT_DTYPES)
     checks.require_shape("router_w", router_w, (router_w.shape[0], x.shape[1]), "[E, H], H as in x")
@@ -235,8 +247,14 @@ def _native_weights(w1, b1, w2, b2, activation, concat_layout: bool):
     return w1_EFH, w2_EHI
 
 
-def _plan(x, w1_EFH, w2_EHI, activation, config: SonicMoEConfig):
+def layer_plan(x, w1_EFH, w2_EHI, activation, config: SonicMoEConfig) -> Plan:
     """Checks of x and the weights together, none of which waits for the device."""
+    return _layer_plan(checks.facts_of(x, w1_EFH, w2_EHI), ActivationType.parse(activation), config)
+
+
+@lru_cache(maxsize=256)
+def _layer_plan(facts, activation: ActivationType, config: SonicMoEConfig) -> Plan:
+    x, w1_EFH, w2_EHI = (checks.Facts(*fields) for fields in facts)
     plan = plan_for(x, activation, config)
     n_experts, hidden, intermediate = checks.shape_of(w2_EHI)
     checks.require_shape("x", x, (x.shape[0], hidden), "[T, H], H as in w2")

@@ -17,7 +17,9 @@ if torch.Tensor.__module__.partition(".")[0] != "torch":  # Paddle's proxy stand
     )
 
 
-@contextmanager
+_AS_IT_IS = nullcontext()
+
+
 def on_stream(stream_id, tensor):
     """Run the block on the tensor's device and on ``stream_id``: a handle, a Stream object, or None for the current
     stream there.
@@ -25,14 +27,22 @@ def on_stream(stream_id, tensor):
     Another stream than the current one waits for what was queued on that before, and the current one for the block:
     the caller's tensors are safe without events of his own.
     """
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device), on_stream(stream_id, tensor):
-            yield
-        return
     handle = raw_stream(stream_id)
-    if handle is None or not tensor.is_cuda or handle == current_stream(tensor):
+    if not tensor.is_cuda:
+        return _AS_IT_IS
+    if tensor.device.index != torch.cuda.current_device():
+        return _on_device(handle, tensor)
+    return _AS_IT_IS if handle is None or handle == current_stream(tensor) else _on_other_stream(handle, tensor)
+
+
+@contextmanager
+def _on_device(handle, tensor):
+    with torch.cuda.device(tensor.device), on_stream(handle, tensor):
         yield
-        return
+
+
+@contextmanager
+def _on_other_stream(handle, tensor):
     outside = torch.cuda.current_stream(tensor.device)
     inside = torch.cuda.ExternalStream(handle, device=tensor.device)
     inside.wait_stream(outside)
@@ -66,21 +76,33 @@ class InTurns:
 
 
 def plan_for(x, activation, config, x_name: str = "x") -> Plan:
-    """A plan for rows like ``x``."""
+    """A plan for rows like ``x``, a tensor or the facts of one."""
     checks.require_dtype(x_name, x, checks.FLOAT_DTYPES)
-    where = {"device": x.device.type, "arch": arch(x) if x.is_cuda else None}
+    place = x.device.type
+    where = {"device": place, "arch": arch(x) if place == "cuda" else None}
     return make_plan(config, activation, storage=checks.dtype_name(x), x_name=x_name, **where)
 
 
 def without_autocast(tensor):
     """The engine chooses its types itself; autocast would round the float32 steps between them."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+def compute_dtype(x):
+    """The type that the experts compute in: x's own, but autocast's where autocast narrows float32."""
+    if x.dtype is torch.float32:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def compute_input(x):
-    """x in the type that the experts compute in: its own, but autocast's where autocast narrows float32."""
-    device = x.device.type
-    if x.dtype is torch.float32 and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    return x.contiguous()
+    """x as the experts take it."""
+    return in_dtype(x, compute_dtype(x)).contiguous()
+
+
+def in_dtype(tensor, dtype):
+    """``tensor.to(dtype)``, which costs the host as much as a small op even where it has nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

@@ -137,8 +137,7 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     pa = _empty(out_pa, [routing.n_rows, weights.intermediate_size], z.dtype, z)
     parts = torch.empty([routing.n_rows, columns], dtype=torch.float32, device=z.device)
     if routing.n_rows:
-        score_M = routing.scores.index_select(0, routing.s_scatter_idx)
-        tensors = (dout_rows, weights.w2_EHI, z, dz, score_M, pa, parts)
+        tensors = (dout_rows, weights.w2_EHI, z, dz, combine().scores_by_row(routing), pa, parts)
         grouped.down_backward(gemm, *tensors, routing.expert_offset, routing.x_gather_idx)
     return dz, pa if need_wgrad else None, parts
 

@@ -149,10 +149,11 @@ def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, pl
     columns at a time, in the same memory. The numbers do not depend on how many."""
     step = min(width, _columns_at_once(routing.n_rows, width, 2))
     out = _storage([routing.n_tokens, width], rows.data, plan)
-    room = _storage([routing.n_rows * step], rows.data, plan)
+    room = _storage([routing.n_rows, step], rows.data, plan)
     for first in range(0, width, step):
-        columns = min(step, width - first)
-        y = room[: routing.n_rows * columns].reshape([routing.n_rows, columns])
+        columns, y = min(step, width - first), room
+        if columns != step:  # the last ones, in fewer rows' room
+            y = room.reshape([-1])[: routing.n_rows * columns].reshape([routing.n_rows, columns])
         _rows(rows, weight, columns, routing, plan, y, first)
         sm90_bf16.combine().sum_slots(y, routing, out.dtype, scores, out, first)
     return out

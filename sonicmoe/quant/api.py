@@ -3,10 +3,8 @@ everywhere else. Both give the same bytes."""
 
 from importlib.util import find_spec
 
-import torch
-
 from .. import checks
-from ..launch import arch
+from ..launch import arch, cut
 from . import naive
 from .formats import QuantTensor, QuantWeights, Recipe
 
@@ -54,7 +52,7 @@ class WeightCopies:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self._state = self._table = self._made = None
+        self._memory = self._flags = self._table = self._made = self._copies = None
         self._unfinished = False
 
     @staticmethod
@@ -66,19 +64,23 @@ class WeightCopies:
     def current(self, w1_EFH, w2_EHI) -> QuantWeights:
         """This moment's weights, the same tensors' at each call, on the current stream."""
         weights = (w1_EFH, w2_EHI)
-        if self._state is None:
-            self._state = torch.zeros([2, 2], dtype=torch.int64, device=w1_EFH.device)
+        if self._memory is None:
+            self._memory = triton_fingerprint.make_memory(weights)
+            self._flags = cut(self._memory.changed, [1, 1])
         elif self._unfinished:
             # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
-            self._state.zero_()
+            self._memory.state.zero_()
         self._unfinished = True
-        found = triton_fingerprint.fingerprint(weights, self._state, self._table, in_place=True)
+        found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
         self._table = found.table
         made = self._made or (None, None)
-        flags = [found.changed[number : number + 1] for number in (0, 1)]
         self._made = tuple(
-            triton_quantize.quantize_weight(w, self.recipe.pow2, into, flag)
-            for w, into, flag in zip(weights, made, flags, strict=True)
+            [
+                triton_quantize.quantize_weight(w, self.recipe.pow2, into, flag)
+                for w, into, flag in zip(weights, made, self._flags, strict=True)
+            ]
         )
         self._unfinished = False
-        return _together(*self._made, self.recipe)
+        if self._copies is None:  # later calls write the same memory
+            self._copies = _together(*self._made, self.recipe)
+        return self._copies

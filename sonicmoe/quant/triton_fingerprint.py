@@ -163,21 +163,40 @@ class Fingerprint(NamedTuple):
     table: Table  # likewise; made anew whenever a tensor has moved
 
 
-def fingerprint(tensors, previous=None, table: Table | None = None, in_place: bool = False) -> Fingerprint:
+class Memory(NamedTuple):
+    """What calls that follow one another about the same tensors write each time. A captured CUDA graph needs it, to
+    compare with the replay before it and not with the moment of its capture."""
+
+    state: Any  # as in Fingerprint; zeros: nothing has been seen yet
+    changed: Any
+    parts: Any  # [.., 2] int64: sums over parts, room for as many as the tensors can have wherever they lie
+
+
+def make_memory(tensors) -> Memory:
+    places, device = _places(tensors), tensors[0].device
+    most = sum([-(-(size // 8) // _PART_WORDS) for _, size in places])
+    return Memory(
+        torch.zeros([len(places), 2], dtype=torch.int64, device=device),
+        torch.empty([len(places)], dtype=torch.int32, device=device),
+        torch.empty([max(1, most), 2], dtype=torch.int64, device=device),
+    )
+
+
+def fingerprint(tensors, previous=None, table: Table | None = None, memory: Memory | None = None) -> Fingerprint:
     """Hash each of the contiguous ``tensors`` (all on one device) and compare with ``previous``, an earlier call's
     ``state``; without one, or with zeros, all have changed. ``table`` of the earlier call saves the one copy to the
-    device, as long as the tensors lie where they lay. ``in_place``: ``previous`` takes the new state, which is what a
-    captured CUDA graph needs to compare with the replay before it and not with the moment of its capture."""
+    device, as long as the tensors lie where they lay. With ``memory`` its state is the previous one and takes the new
+    one, and the next call writes what this one gave."""
     places = _places(tensors)
     device = tensors[0].device
     if table is None or table.places != places:
         table = _make_table(places, device)
     n = len(places)
-    if previous is None:
-        previous = torch.zeros([n, 2], dtype=torch.int64, device=device)
-    state = previous if in_place else torch.empty([n, 2], dtype=torch.int64, device=device)
-    changed = torch.empty([n], dtype=torch.int32, device=device)
-    parts = torch.empty([max(1, table.n_parts), 2], dtype=torch.int64, device=device)
+    if memory is None:
+        memory = make_memory(tensors)
+        previous = torch.zeros_like(memory.state) if previous is None else previous
+    state, changed, parts = memory
+    previous = state if previous is None else previous
     if table.n_parts:
         launch(_hash_parts, table.n_parts, (table.rows, parts, n), {}, num_warps=4)
     launch(_judge, n, (table.rows, parts, previous, state, changed), {"STEP": _PARTS_A_STEP}, num_warps=8)

@@ -1,4 +1,4 @@
-"""Sums over a token's slots, and gradients of the scores, in Triton: one launch each, no atomics, no wait.
+"""Sums over a token's slots, scores by row and their gradients, in Triton: one launch each, no atomics, no wait.
 
 ``sum_slots`` and ``finish_ds`` are ``naive.sum_slots`` and ``naive.scatter_slot_grads`` of this folder, bit for bit
 where the partial sums are one column. Compiled once for the static sizes (H, K, number of columns): how many tokens,
@@ -6,13 +6,15 @@ slots and rows there are is read at run time and is no part of a kernel's key. T
 not be looked at for alignment: they are cut out of one allocation, wherever the counts before them happen to end.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import launch
+from ..triton_launch import launch, next_power_of_2
 
-_INDEX_ARRAYS = ["reverse", "slot_offset", "scores", "source"]
+_INDEX_ARRAYS = ["reverse", "slot_offset", "scores", "scatter", "source"]
 _THREADS = 128  # of one program, at 16 bytes each
 # At most so many times that for one program, and so many rows at once. A token whose slots are mostly on other ranks
 # has one or two rows here: several programs would each wait for its index, and for little.
@@ -71,9 +73,7 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
         return out
     if routing.n_slots == 0:
         return out.zero_()
-    lanes = min(_THREADS * (4 if rows_MH.dtype == torch.float32 else 8), triton.next_power_of_2(width))
-    pieces = _even_share(-(-width // lanes), _PIECES)
-    in_flight = _IN_FLIGHT if routing.n_topk is None else _even_share(routing.n_topk, _IN_FLIGHT)
+    lanes, pieces, in_flight = _share(width, rows_MH.dtype == torch.float32, routing.n_topk)
     launch(
         _sum_slots,
         routing.n_tokens * -(-width // (lanes * pieces)),
@@ -88,9 +88,33 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
     return out
 
 
+@cache
+def _share(width: int, wide: bool, n_topk: int | None) -> tuple[int, int, int]:
+    """(LANES, PIECES, IN_FLIGHT) of ``_sum_slots``."""
+    lanes = min(_THREADS * (4 if wide else 8), next_power_of_2(width))
+    in_flight = _IN_FLIGHT if n_topk is None else _even_share(n_topk, _IN_FLIGHT)
+    return lanes, _even_share(-(-width // lanes), _PIECES), in_flight
+
+
 def _even_share(whole: int, limit: int) -> int:
     """What one of as few rounds as possible takes, so that they are alike: 10 by at most 8 are 5 and 5, not 8 and 2."""
     return -(-whole // -(-whole // limit))
+
+
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=_INDEX_ARRAYS)
+def _scores_by_row(scores, scatter, out, n_rows, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(scatter + row, mask=row < n_rows, other=0)
+    tl.store(out + row, tl.load(scores + slot, mask=row < n_rows, other=0.0), mask=row < n_rows)
+
+
+def scores_by_row(routing):
+    """[M] float32: each sorted row's score, 0 for pads."""
+    out = torch.empty([routing.n_rows], dtype=torch.float32, device=routing.scores.device)
+    if routing.n_rows:
+        operands = (routing.scores, routing.s_scatter_idx, out, routing.n_rows)
+        launch(_scores_by_row, -(-routing.n_rows // _THREADS), operands, {"ROWS": _THREADS}, num_warps=_THREADS // 32)
+    return out
 
 
 @triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=_INDEX_ARRAYS)
@@ -148,7 +172,7 @@ def finish_ds(partials_MB, routing):
         return ds
     if routing.n_slots == 0:
         return ds.zero_()
-    k_lanes = triton.next_power_of_2(k)
+    k_lanes = next_power_of_2(k)
     tokens = max(1, _THREADS // k_lanes)
     where = (None, None) if listed else (routing.slot_offset, routing.score_src_idx)
     launch(

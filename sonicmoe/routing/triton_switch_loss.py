@@ -4,11 +4,13 @@ has its order.
 Compiled once for each (E, type of the logits); the number of tokens is no part of a kernel's key.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import launch
+from ..triton_launch import launch, next_power_of_2
 
 _WARPS = 4
 _ELEMENTS = 1024  # of the logits that one program holds at a time
@@ -70,8 +72,9 @@ def _loss_backward(
     tl.store(dlogits + row[:, None] * E + expert[None, :], value.to(dlogits.dtype.element_ty), mask=mask)
 
 
+@cache
 def _sizes(n_experts: int) -> dict:
-    lanes = triton.next_power_of_2(n_experts)
+    lanes = next_power_of_2(n_experts)
     return {"E": n_experts, "LANES": lanes, "ROWS": max(1, _ELEMENTS // lanes)}
 
 

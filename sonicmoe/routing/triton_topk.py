@@ -7,11 +7,13 @@ first. -0 equals 0. A NaN counts as larger than anything, as in torch.topk, and 
 Compiled once for each (E, k, type of the logits); the number of tokens is no part of a kernel's key.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_launch import launch
+from ..triton_launch import launch, next_power_of_2
 
 MAX_EXPERTS = 1024
 MAX_TOPK = 32
@@ -125,9 +127,10 @@ def _topk_softmax_backward(
         tl.store(dlogits + row * E + expert, dlogit.to(dlogits.dtype.element_ty), mask=exists & (expert < E))
 
 
+@cache
 def _shape(n_experts: int, wide: bool) -> tuple[int, int, int]:
     """(TILE, TILES, ROWS): at most eight tiles, and rows for all threads at 16 bytes each."""
-    whole = triton.next_power_of_2(n_experts)
+    whole = next_power_of_2(n_experts)
     tile = min(whole, max(32, whole // 8))
     lanes = max(1, tile // (4 if wide else 8))
     return tile, -(-n_experts // tile), max(1, _THREADS // lanes)
@@ -146,7 +149,7 @@ def topk_softmax_forward(logits_TE, k: int):
     indices = torch.empty([n_tokens, k], dtype=torch.int32, device=logits_TE.device)
     if n_tokens:
         tile, tiles, rows = _shape(n_experts, logits_TE.dtype == torch.float32)
-        k_lanes = triton.next_power_of_2(k)
+        k_lanes = next_power_of_2(k)
         launch(
             _topk_softmax,
             -(-n_tokens // rows),

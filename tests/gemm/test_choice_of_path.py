@@ -24,7 +24,7 @@ if torch:
 H, I, E = 64, 160, 5  # I: one and a quarter tiles of down_backward, so ds comes in two parts
 F = 2 * I
 FORWARD = ["up", "rows", "sum_slots"]
-BACKWARD = ["down_backward", "rows", "sum_slots", "finish_ds"]
+BACKWARD = ["scores_by_row", "down_backward", "rows", "sum_slots", "finish_ds"]
 NAMES = ("out", "dx", "ds", "dw1", "dw2")
 
 
@@ -223,7 +223,7 @@ def test_backward_writes_dz_where_z_was(hopper, log):
     log.clear()
     grads = expert_mlp.backward(saved, problem.dout)
     assert log.names() == BACKWARD
-    first, dx, total, ds = log.launches
+    _, first, dx, total, ds = log.launches
     assert same_memory(first.c, z) and same_memory(first.d, z) and same_memory(grads.wgrad.dz, z)
     assert same_memory(first.a, problem.dout) and same_memory(first.b, problem.w2.transpose(1, 2))
     score, pa, parts = first.epilogue[:3]
@@ -258,9 +258,9 @@ def test_stages_write_where_a_caller_says(hopper, log):
 @pytest.mark.parametrize(
     ("wanted", "launches"),
     [
-        ({"need_dx": False}, ["down_backward", "finish_ds"]),
-        ({"need_ds": False}, ["down_backward", "rows", "sum_slots"]),
-        ({"need_dx": False, "need_ds": False, "need_wgrad": False}, ["down_backward"]),
+        ({"need_dx": False}, ["scores_by_row", "down_backward", "finish_ds"]),
+        ({"need_ds": False}, ["scores_by_row", "down_backward", "rows", "sum_slots"]),
+        ({"need_dx": False, "need_ds": False, "need_wgrad": False}, ["scores_by_row", "down_backward"]),
     ],
 )
 def test_what_is_not_wanted_is_not_launched(hopper, log, wanted, launches):
@@ -443,7 +443,7 @@ def test_autograd_hands_main_grad_itself_to_the_kernel(hopper, log):
     routing = metadata.build(problem.indices, problem.probs.detach(), E, 1, SonicMoEConfig())
     apply_experts(*leaves, routing, hopper()).backward(problem.dout)
     # dW2 before dx, so that p*a is gone when dx by slot takes its memory.
-    names = [*FORWARD, "down_backward", "wgrad", "rows", "sum_slots", "finish_ds", "wgrad"]
+    names = [*FORWARD, "scores_by_row", "down_backward", "wgrad", "rows", "sum_slots", "finish_ds", "wgrad"]
     assert log.names() == names
     dw2, dw1 = (launch for launch in log.launches if launch.name == "wgrad")
     assert same_memory(dw1.d, problem.w1.main_grad.transpose(1, 2)) and dw1.kernel.accumulate

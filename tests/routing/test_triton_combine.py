@@ -6,7 +6,8 @@ from tests.support import children, triton_runs
 
 pytestmark = pytest.mark.torch
 
-CHECKS = ("check_sum_slots", "check_order_of_addition", "check_finish_ds", "check_list_of_slots")
+CHECKS = ("check_sum_slots", "check_order_of_addition", "check_scores_by_row", "check_finish_ds")
+CHECKS += ("check_list_of_slots", "check_slots_of_experts")
 
 
 @pytest.fixture(scope="module")

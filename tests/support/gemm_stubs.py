@@ -76,6 +76,10 @@ class Combine:
         self.log.launches.append(Launch("sum_slots", {"rows": rows_MH, "scores": scores, "dtype": dtype}))
         return movement.sum_slots(rows_MH, routing, dtype, scores)
 
+    def scores_by_row(self, routing):
+        self.log.launches.append(Launch("scores_by_row", {}))
+        return routing.scores.index_select(0, routing.s_scatter_idx)
+
     def finish_ds(self, parts_MB, routing):
         self.log.launches.append(Launch("finish_ds", {"parts": parts_MB}))
         by_slot = parts_MB.sum(dim=1).index_select(0, routing.s_reverse_scatter_idx.long())

@@ -3,6 +3,7 @@
 Each check returns what differed, as lines; an empty list is success. Only for processes with a real torch.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,7 +11,16 @@ import torch
 
 from sonicmoe import SonicMoEConfig
 from sonicmoe.quant import triton_fingerprint
-from sonicmoe.routing import metadata, naive, pairs, switch_loss, triton_combine, triton_switch_loss, triton_topk
+from sonicmoe.routing import (
+    metadata,
+    naive,
+    pairs,
+    switch_loss,
+    triton_combine,
+    triton_counts,
+    triton_switch_loss,
+    triton_topk,
+)
 from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
 
 NAIVE = SonicMoEConfig(metadata_backend="naive")
@@ -133,6 +143,15 @@ def check_finish_ds(device, columns=(1, 3, 4, 12), shapes=ROUTINGS):
     return found
 
 
+def check_scores_by_row(device, shapes=ROUTINGS):
+    found = []
+    for _, routing, about in routings(device, shapes):
+        wanted = routing.scores.index_select(0, routing.s_scatter_idx.long())
+        if not same_bits(triton_combine.scores_by_row(routing), wanted):
+            found.append(f"scores_by_row {about}")
+    return found
+
+
 def check_list_of_slots(device, n_slots=50, n_tokens=9):
     """Any number of slots a token, and K is not known."""
     rng = np.random.default_rng(1)
@@ -149,6 +168,26 @@ def check_list_of_slots(device, n_slots=50, n_tokens=9):
     wanted = ordered_sum(partials).index_select(0, routing.s_reverse_scatter_idx.long())
     if not same_bits(triton_combine.finish_ds(partials, routing), naive.scatter_slot_grads(wanted, routing)):
         found.append("finish_ds of a list of slots")
+    return found
+
+
+def check_slots_of_experts(device, shapes=ROUTINGS):
+    """With segments that end in pads and such that do not, and with arrays for more rows than there are."""
+    found = []
+    for rng, routing, about in routings(device, shapes):
+        offset, padded = routing.expert_offset, torch.diff(routing.expert_offset).long()
+        row = torch.arange(routing.n_rows, device=offset.device)
+        expert = torch.bucketize(row, offset.long()[1:], right=True)
+        real = (routing.s_scatter_idx < routing.n_slots) & (expert < routing.n_experts)
+        wanted = torch.zeros_like(padded).index_add_(0, expert[real], torch.ones_like(row)[real]).to(torch.int32)
+        if not same_bits(triton_counts.slots_of_experts(routing), wanted):
+            found.append(f"slots_of_experts {about}")
+        more = torch.from_numpy(rng.integers(routing.n_slots, routing.n_rows + 99, 70)).to(routing.s_scatter_idx)
+        roomy = dataclasses.replace(
+            routing, s_scatter_idx=torch.cat([routing.s_scatter_idx, more]), n_rows=routing.n_rows + 70
+        )
+        if not same_bits(triton_counts.slots_of_experts(roomy), wanted):
+            found.append(f"slots_of_experts {about} with more room")
     return found
 
 
@@ -413,11 +452,28 @@ def check_flags(device):
     third = triton_fingerprint.fingerprint(moved, second.state, second.table)
     if third.changed.tolist() != [0] * 6 or third.table is second.table:
         found.append(f"moved: {third.changed.tolist()}")
+    memory, table = triton_fingerprint.make_memory(tensors), None
+    for name, given, wanted in (("first", tensors, [1] * 6), ("same", tensors, [0] * 6), ("moved", moved, [0] * 6)):
+        kept = triton_fingerprint.fingerprint(given, table=table, memory=memory)
+        table = kept.table
+        if kept.changed.tolist() != wanted or kept.state is not memory.state or not same_bits(kept.state, third.state):
+            found.append(f"kept memory, {name}: {kept.changed.tolist()}")
+    moved[1][2] += 1
+    kept = triton_fingerprint.fingerprint(moved, table=table, memory=memory)
+    if kept.changed.tolist() != [0, 1, 0, 0, 0, 0]:
+        found.append(f"kept memory, one changed: {kept.changed.tolist()}")
     return found
 
 
 CHECKS = {
-    "combine": (check_sum_slots, check_order_of_addition, check_finish_ds, check_list_of_slots),
+    "combine": (
+        check_sum_slots,
+        check_order_of_addition,
+        check_scores_by_row,
+        check_finish_ds,
+        check_list_of_slots,
+        check_slots_of_experts,
+    ),
     "topk": (check_topk, check_topk_backward),
     "switch_loss": (check_switch_loss, check_switch_loss_of_nan),
     "fingerprint": (check_hash_is_its_formula, check_every_bit_shows, check_swaps_show, check_flags),

@@ -32,8 +32,9 @@ class AlwaysAskTriton(dict):
     def get(self, known):
         return None
 
-    def __setitem__(self, known, compiled):
-        assert self.setdefault(known, compiled) is compiled, f"the launcher takes two kernels for one: {known}"
+    def __setitem__(self, known, started):
+        same = self.setdefault(known, started).compiled is started.compiled
+        assert same, f"the launcher takes two kernels for one: {known}"
 
 
 def compile_only() -> dict:
@@ -79,6 +80,9 @@ def routing_of(torch, n_tokens, topk, draw, block=1):
         n_topk=topk,
         n_slots=n_slots,
         n_rows=n_rows,
+        n_experts=32,
+        block=block,
+        expert_offset=cut(33),
         s_reverse_scatter_idx=cut(n_slots),
         slot_offset=cut(n_tokens + 1),
         score_src_idx=cut(n_slots),
@@ -91,12 +95,13 @@ def routing_of(torch, n_tokens, topk, draw, block=1):
 def call_everything(torch, n_tokens, draw):
     """One model's calls: H=3072, K=8, E=32."""
     from sonicmoe.quant import triton_fingerprint, triton_quantize
-    from sonicmoe.routing import triton_combine, triton_switch_loss, triton_topk
+    from sonicmoe.routing import triton_combine, triton_counts, triton_switch_loss, triton_topk
 
     routing = routing_of(torch, n_tokens, 8, draw)
     rows = torch.zeros([routing.n_rows, 3072], dtype=torch.bfloat16)
     triton_combine.sum_slots(rows, routing, torch.bfloat16, routing.scores)
     triton_combine.finish_ds(torch.zeros([routing.n_rows, 12], dtype=torch.float32), routing)
+    triton_combine.scores_by_row(routing)
     logits = torch.zeros([n_tokens, 32], dtype=torch.float32)
     scores, indices = triton_topk.topk_softmax_forward(logits, 8)
     triton_topk.topk_softmax_backward(scores, scores, indices, 32, torch.float32)
@@ -110,7 +115,9 @@ def call_everything(torch, n_tokens, draw):
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
     triton_quantize.quantize_rows(x)
     triton_quantize.quantize_weight(torch.zeros([1, 256, 3072], dtype=torch.bfloat16))
-    triton_quantize.quantize_tokens(x, routing_of(torch, n_tokens, 8, draw, 128))
+    padded = routing_of(torch, n_tokens, 8, draw, 128)
+    triton_counts.slots_of_experts(padded)
+    triton_quantize.quantize_tokens(x, padded)
 
 
 def variants(torch):

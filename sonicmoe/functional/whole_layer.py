@@ -1,0 +1,102 @@
+"""The whole layer of the MoE module as one autograd node: router, experts and balance loss.
+
+Nothing that lies between these leaves the module, so nothing but the node's inputs and results needs a place on the
+tape. Each node there, and each sum of two gradients, costs the host more than the launch of a kernel; at few tokens
+that is what a step waits for. Callers of ``layer.py`` get the logits too, and may hang on them what they like: there
+each part is a node of its own.
+"""
+
+import torch
+
+from ..config import SonicMoEConfig
+from ..routing.switch_loss import backward as loss_backward
+from ..routing.switch_loss import forward as loss_forward
+from ..routing.topk import backward as router_backward
+from ..routing.topk import forward as router_forward
+from .autograd import ExpertCall, apply_experts
+from .layer import checked_topk, layer_plan, require_router, route, router_logits
+from .streams import compute_input, in_dtype, on_stream, without_autocast
+
+
+def whole_layer(x, router_w, w1_EFH, w2_EHI, k: int, activation, inference: bool):
+    """(out, balance loss) for x [..,H], with weights in native layout. Under ``inference`` nothing is kept for a
+    backward, and there is no loss (None)."""
+    config = SonicMoEConfig.current()
+    inputs = (x, router_w, w1_EFH, w2_EHI)
+    with on_stream(None, x):
+        if torch.is_grad_enabled() and not inference and any([tensor.requires_grad for tensor in inputs]):
+            return _WholeLayer.apply(*inputs, k, activation, config)
+        with torch.no_grad():
+            logits, scores, _, routing, frequency, rows, plan = _routed(*inputs, k, activation, config)
+            out = apply_experts(rows, scores, w1_EFH, w2_EHI, routing, plan, inference).reshape(x.shape)
+            if inference:
+                return out, None
+            with without_autocast(x):
+                return out, loss_forward(logits, frequency, config)
+
+
+def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
+    """All that comes before the experts, for the tokens of x [..,H] one after the other."""
+    if x.ndim != 2:
+        x = x.reshape(-1, x.shape[-1])
+    require_router(x, router_w)
+    k = checked_topk(k, int(router_w.shape[0]))
+    logits = router_logits(x, router_w)
+    rows = compute_input(x)
+    plan = layer_plan(rows, w1, w2, activation, config)
+    with without_autocast(x):
+        scores, indices = router_forward(logits, k, config)
+        routing, frequency = route(indices, scores, int(router_w.shape[0]), plan, config)
+    return logits, scores, indices, routing, frequency, rows, plan
+
+
+class _WholeLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, router_w, w1, w2, k, activation, config):
+        found = _routed(x, router_w, w1, w2, k, activation, config)
+        logits, scores, indices, routing, frequency, rows, plan = found
+        with without_autocast(x):
+            out, ctx.call, z_parts = ExpertCall.forward(rows, w1, w2, routing, plan)
+            loss = loss_forward(logits, frequency, config)
+        ctx.save_for_backward(rows, router_w, w1, w2, logits, frequency, scores, indices, *z_parts)
+        ctx.x_shape, ctx.x_dtype, ctx.config = x.shape, x.dtype, config
+        if x.ndim != 2:
+            out.resize_(x.shape)  # of the same size; a view would be one that nobody may write in place
+        ctx.set_materialize_grads(False)  # a result that nobody used costs nothing
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(loss)
+        return out, loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dloss):
+        rows, router_w, w1, w2, logits, frequency, scores, indices, *z_parts = ctx.saved_tensors
+        need_dx, need_router, need1, need2 = ctx.needs_input_grad[:4]
+        need_logits = need_dx or need_router
+        dx = dlogits = drouter = dw1 = dw2 = None
+        with without_autocast(rows):
+            if dout is not None:
+                dout = dout if dout.ndim == 2 else dout.reshape(rows.shape)
+                needs = need_dx, need_logits, need1, need2
+                dx, ds, dw1, dw2 = ctx.call.backward(rows, w1, w2, z_parts, dout, *needs)
+                if need_logits:
+                    dlogits = router_backward(ds, scores, indices, int(logits.shape[1]), logits.dtype, ctx.config)
+            if dloss is not None and need_logits:
+                of_loss = loss_backward(dloss, logits, frequency, ctx.config)
+                dlogits = of_loss if dlogits is None else dlogits.add_(of_loss)
+            # The router has multiplied in the type of its logits, whatever x and its weight came in.
+            if need_router and dlogits is not None:
+                drouter = in_dtype(dlogits.t() @ in_dtype(rows, logits.dtype), router_w.dtype)
+            if need_dx and dlogits is not None:
+                dx = _plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype)
+                if dx.shape != ctx.x_shape:
+                    dx = dx.reshape(ctx.x_shape)
+        return dx, drouter, dw1, dw2, None, None, None
+
+
+def _plus_product(dx, dlogits, router_w, dtype):
+    """dx (or nothing) + dlogits @ router_w in ``dtype``; dx may be written."""
+    if dx is not None and dx.dtype == dlogits.dtype == dtype:
+        return dx.addmm_(dlogits, router_w)
+    product = in_dtype(dlogits @ router_w, dtype)
+    return product if dx is None else product.add_(in_dtype(dx, dtype))
