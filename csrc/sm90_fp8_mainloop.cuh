@@ -261,8 +261,7 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   }
 }
 
-// total [128,128] of this warpgroup alone, in halves of rows. Four products a step, of half the columns each: the tensor
-// cores have one while the result of the one before is added up.
+// total [128,128] of this warpgroup alone, in halves of rows.
 template <class Kind>
 __device__ __forceinline__ void sum_steps_alone(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage,
                                                 const Unit& unit, TokenRowScales<Kind>& scales, float (&total)[2][64]) {
@@ -271,51 +270,25 @@ __device__ __forceinline__ void sum_steps_alone(const Ring<Kind>& ring, const La
 #pragma unroll
     for (int i = 0; i < 64; ++i) total[half][i] = 0.0f;
   }
-  // Quarter 3 is added up in the next step; in the first one that is nothing. No product may be under way from one
-  // step to the next: the compiler would wait for each before it begins another.
-  float part[2][32] = {};
-  float2 row = {};
-  auto begin = [&](int quarter) {
-    const Operand a = ring.a(stage.index, quarter / 2);
-    const Operand b = further(ring.b(stage.index, 0), quarter % 2 * (kOperandBytes / 2));
-    float(&to)[32] = part[quarter % 2];
-    pin(to);
-    product_fence();
-#pragma unroll
-    for (int k = 0; k < kTile / 32; ++k) product_64x64x32(to, further(a, 32 * k), further(b, 32 * k), k > 0);
-    product_commit();
-  };
-  auto add_up = [&](int quarter) {
-    float(&from)[32] = part[quarter % 2];
-    pin(from);
-    float* to = total[quarter / 2] + quarter % 2 * 32;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) to[i] = fmaf(from[i], i % 4 < 2 ? row.x : row.y, to[i]);
-  };
+  float part[64];
   // The first products of a tile come after the last ones of the other warpgroup's, so that nobody waits for a stage more
   // than one round ahead.
   wait_for_turn(ring, me, stage);
 #pragma unroll 1
   for (int step = 0; step < unit.steps; ++step, stage.advance()) {
     barrier_wait(ring.full(stage.index), stage.round);
-    begin(0);
-    add_up(3);
-    begin(1);
-    row = scales.rows(step, 0, 0);
-    product_wait<1>();
-    add_up(0);
-    begin(2);
-    product_wait<1>();
-    add_up(1);
-    begin(3);
-    row = scales.rows(step, 1, 0);
-    if (step == unit.steps - 1) give_turn(ring, me, stage);
-    product_wait<1>();
-    add_up(2);
-    product_wait();
-    release(ring, me, stage.index);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      multiply_stage(ring, stage.index, half, part);
+      if (half == 1 && step == unit.steps - 1) give_turn(ring, me, stage);
+      const float2 row = scales.rows(step, half, 0);
+      product_wait();
+      pin(part);
+      if (half == 1) release(ring, me, stage.index);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[half][i] = fmaf(part[i], i % 4 < 2 ? row.x : row.y, total[half][i]);
+    }
   }
-  add_up(3);
 }
 
 }  // namespace sonicmoe::sm90

@@ -202,11 +202,7 @@ __device__ __forceinline__ Operand further(Operand tile, int bytes) { return til
 
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until the products are done that were given together, all but the last ``kPending`` times.
-template <int kPending = 0>
-__device__ __forceinline__ void product_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
+__device__ __forceinline__ void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // d [64,128] = (+=) a [64,32] @ b [128,32]^T for one warpgroup. Thread t holds of row 16 * (t / 32) + (t % 32) / 4 the
 // columns 8j + 2 (t % 4) + {0, 1} in d[4j + {0, 1}], and of the row 8 further down the same ones in d[4j + {2, 3}].
@@ -230,33 +226,14 @@ __device__ __forceinline__ void product_64x128x32(float (&d)[64], Operand a, Ope
       : SONICMOE_D16(0), SONICMOE_D16(16), SONICMOE_D16(32), SONICMOE_D16(48)
       : "r"(a), "r"(b), "r"(static_cast<int32_t>(add)));
 }
-
-// The same with half as many columns.
-__device__ __forceinline__ void product_64x64x32(float (&d)[32], Operand a, Operand b, bool add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred add;\n"
-      ".reg .b64 a, b;\n"
-      "mov.b64 a, {%32, 0x40000040};\n"
-      "mov.b64 b, {%33, 0x40000040};\n"
-      "setp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "a, b, add, 1, 1;\n"
-      "}"
-      : SONICMOE_D16(0), SONICMOE_D16(16)
-      : "r"(a), "r"(b), "r"(static_cast<int32_t>(add)));
-}
 #undef SONICMOE_D16
 #undef SONICMOE_D4
 
 // The compiler knows nothing of what goes on in these registers between a product and the wait for it: no use of them
 // may move across this.
-template <int kCount>
-__device__ __forceinline__ void pin(float (&d)[kCount]) {
+__device__ __forceinline__ void pin(float (&d)[64]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Four 8x8 matrices of 16-bit values in rows of 16 bytes; lane 8m + r gives the place of row r of matrix m. Thread t

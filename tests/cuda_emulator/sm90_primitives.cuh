@@ -51,7 +51,6 @@ struct Copy {
 };
 struct Product {
   float* d;
-  int columns;
   uint64_t a, b;
   bool add;
 };
@@ -68,8 +67,7 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
-  std::vector<Product> products;  // not yet given
-  std::deque<std::vector<Product>> given;
+  std::vector<Product> products;
   std::vector<Store> handed;  // not yet a group
   std::deque<std::vector<Store>> stores;
 };
@@ -219,7 +217,7 @@ inline void multiply(const Product& p) {
   const int thread = cluster->current->thread % 128, lane = thread % 32;
   float a[2][32], b[32];
   for (int below = 0; below < 2; ++below) read_row(p.a, thread / 32 * 16 + lane / 4 + below * 8, a[below]);
-  for (int n = 0; n < p.columns / 4; ++n) {
+  for (int n = 0; n < 32; ++n) {
     read_row(p.b, n / 2 * 8 + lane % 4 * 2 + n % 2, b);
     for (int below = 0; below < 2; ++below) {
       float& d = p.d[n / 2 * 4 + below * 2 + n % 2];
@@ -398,26 +396,15 @@ using Operand = uint64_t;
 inline Operand operand(Address tile) { return tile / 16; }
 inline Operand further(Operand tile, int bytes) { return tile + bytes / 16; }
 inline void product_fence() {}
-inline void product_commit() {
-  cluster->current->given.push_back(std::move(cluster->current->products));
-  cluster->current->products.clear();
-  emulator::meet(emulator::warp().meeting, 32);  // the warp gives its products together
-}
+inline void product_commit() { emulator::meet(emulator::warp().meeting, 32); }  // the warp gives its products together
 inline void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-  cluster->current->products.push_back({d, 128, a, b, add});
+  cluster->current->products.push_back({d, a, b, add});
 }
-inline void product_64x64x32(float (&d)[32], uint64_t a, uint64_t b, bool add) {
-  cluster->current->products.push_back({d, 64, a, b, add});
+inline void product_wait() {
+  for (const emulator::Product& product : cluster->current->products) emulator::multiply(product);
+  cluster->current->products.clear();
 }
-template <int kPending = 0>
-void product_wait() {
-  auto& given = cluster->current->given;
-  for (; static_cast<int>(given.size()) > kPending; given.pop_front()) {
-    for (const emulator::Product& product : given.front()) emulator::multiply(product);
-  }
-}
-template <int kCount>
-void pin(float (&)[kCount]) {}
+inline void pin(float (&)[64]) {}
 
 // One 16-bit value: of row or column ``at`` in the row of 16 bytes that lane 8m + r names.
 inline uint16_t* matrix_value(Address row, int matrix, int r, int at) {
