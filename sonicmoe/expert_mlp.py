@@ -69,9 +69,10 @@ def forward(x, routing: Routing, weights: ExpertWeights, plan: Plan, keep: bool 
     saved = None
     if keep:
         saved = Saved(x=x, z=None if plan.recompute_z else z, routing=routing, weights=weights, plan=plan)
-    # a goes out of scope with this frame; where it is not kept, z does so before the next GEMM.
-    z = None
-    return run.summed_down_projection(a, weights, routing, plan), saved
+    # Where it is not kept, z goes before the next GEMM, and a after it.
+    handed_over = [a]
+    z = a = None
+    return run.summed_down_projection(handed_over.pop, weights, routing, plan), saved
 
 
 def backward(

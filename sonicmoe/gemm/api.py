@@ -77,8 +77,11 @@ class Stages(Protocol):
     def sum_slots(self, rows, routing, plan: Plan, scores=None):
         """[T,H] of the storage type: each token's rows of [M,H], weighed by ``scores``, added in slot order."""
 
-    def summed_down_projection(self, a, weights: ExpertWeights, routing, plan: Plan):
-        """out [T,H]: ``down_projection``, then ``sum_slots`` by score. What lies between need never be whole."""
+    def summed_down_projection(self, take_a, weights: ExpertWeights, routing, plan: Plan):
+        """out [T,H]: ``down_projection``, then ``sum_slots`` by score. What lies between need never be whole.
+
+        ``take_a`` hands a over, once: nobody else holds it, so it is gone before the sums need memory.
+        """
 
     def summed_up_projection_backward(self, dz, weights: ExpertWeights, routing, plan: Plan):
         """dx [T,H]: ``up_projection_backward``, then ``sum_slots``."""

@@ -192,8 +192,8 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     return _into(out, _concat(parts, weights.hidden_size, _dtype(plan), routing.expert_offset))
 
 
-def summed_down_projection(a, weights, routing, plan):
-    return sum_slots(down_projection(a, weights, routing, plan), routing, plan, routing.scores)
+def summed_down_projection(take_a, weights, routing, plan):
+    return sum_slots(down_projection(take_a(), weights, routing, plan), routing, plan, routing.scores)
 
 
 def summed_up_projection_backward(dz, weights, routing, plan):

@@ -155,8 +155,8 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     return _rows(kernels(plan).dx, dz, w1_t, weights.hidden_size, routing, out)
 
 
-def summed_down_projection(a, weights, routing, plan):
-    return sum_slots(down_projection(a, weights, routing, plan), routing, plan, routing.scores)
+def summed_down_projection(take_a, weights, routing, plan):
+    return sum_slots(down_projection(take_a(), weights, routing, plan), routing, plan, routing.scores)
 
 
 def summed_up_projection_backward(dz, weights, routing, plan):

@@ -166,8 +166,8 @@ def _columns_at_once(n_rows: int, width: int, item: int) -> int:
     return -(-width // (pieces * unit)) * unit
 
 
-def summed_down_projection(a, weights, routing, plan):
-    return _summed_rows(a, weights.fp8.w2, weights.hidden_size, routing, plan, routing.scores)
+def summed_down_projection(take_a, weights, routing, plan):
+    return _summed_rows(take_a(), weights.fp8.w2, weights.hidden_size, routing, plan, routing.scores)
 
 
 def summed_up_projection_backward(dz, weights, routing, plan):

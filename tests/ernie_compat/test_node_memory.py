@@ -115,6 +115,28 @@ def test_what_is_saved_dies_with_its_backward(config, monkeypatch):
     assert saved() is None, "a forward whose output is dropped stays in memory"
 
 
+def test_the_activation_is_gone_before_the_sums_want_memory(monkeypatch):
+    from sonicmoe.gemm import naive  # needs the torch that the node has set up
+
+    made, alive = [], []
+    up_projection, sum_slots = naive.up_projection, naive.sum_slots
+
+    def up(*args, **options):
+        z, a = up_projection(*args, **options)
+        made.append(weakref.ref(a))
+        return z, a
+
+    def sums(*args, **options):
+        alive.append(made[-1]() is not None)
+        return sum_slots(*args, **options)
+
+    monkeypatch.setattr(naive, "up_projection", up)
+    monkeypatch.setattr(naive, "sum_slots", sums)
+    problem = make_problem(**SMALL)
+    forward_node(make_node(problem, config=BF16), problem)
+    assert alive == [False]
+
+
 @pytest.mark.parametrize("config", [BF16, FP8], ids=["bf16", "fp8"])
 def test_no_grad_keeps_nothing(config, monkeypatch):
     problem = make_problem(**SIZES)

@@ -52,8 +52,8 @@ class StagesWithoutArithmetic:
     def sum_slots(self, rows, routing, plan, scores=None):
         return rows.new_ones(routing.n_tokens, rows.shape[1])
 
-    def summed_down_projection(self, a, weights, routing, plan):
-        return self.sum_slots(self.down_projection(a, weights, routing, plan), routing, plan)
+    def summed_down_projection(self, take_a, weights, routing, plan):
+        return self.sum_slots(self.down_projection(take_a(), weights, routing, plan), routing, plan)
 
     def summed_up_projection_backward(self, dz, weights, routing, plan):
         return self.sum_slots(self.up_projection_backward(dz, weights, routing, plan), routing, plan)
