@@ -106,14 +106,14 @@ def test_room_for_the_most_rows(build, rng, backend, block):
             rng, n_tokens, n_topk, n_experts, np.int32, distinct if n_experts > 8 else uniform
         )
         wanted = definition(indices, probs, n_experts, block, scales)
-        given = [torch.as_tensor(values).to(GPU) for values in (indices, probs, scales)]
+        given = [None if values is None else torch.as_tensor(values).to(GPU) for values in (indices, probs, scales)]
         config = SonicMoEConfig(metadata_backend=backend, cache_dir=build.cache_dir)
         found = metadata.build(*given[:2], n_experts, block, config, None, given[2], all_valid=True)
         rows, n_slots = len(wanted["x_gather_idx"]), n_tokens * n_topk
         more = torch.arange(rows, found.n_rows, dtype=torch.int32)
         assert (found.n_slots, found.n_rows) == arrays.bound(n_slots, n_experts, block) and found.n_rows >= rows
         pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0.0 * more}
-        if n_tokens:
+        if n_tokens and scales is not None:
             pads["sorted_scales"] = torch.as_tensor(scales)[:1].expand(len(more), -1)
         require_same({name: torch.cat([wanted[name], value]) for name, value in pads.items()} | {
             name: value for name, value in wanted.items() if name not in pads
