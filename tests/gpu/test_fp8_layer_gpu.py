@@ -148,3 +148,17 @@ def test_two_streams(config):
                 found.append(step(moe, x, dout, config=config))
         torch.cuda.synchronize()
         assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES), number
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("use_fp8", [True, False], ids=["fp8", "bf16"])
+def test_another_gpu_than_the_current_one(cache_dir, use_fp8):
+    """Nobody has to make a layer's GPU the current one first."""
+    config = SonicMoEConfig(use_fp8=use_fp8, fp8_wgrad=use_fp8, cache_dir=cache_dir)
+    moe, x, dout = layer()
+    first = step(moe, x, dout, config=config)
+    there = torch.device(GPU, 1)
+    moe, x, dout = moe.to(there), x.detach().to(there).requires_grad_(), dout.to(there)
+    found = step(moe, x, dout, config=config)
+    assert torch.cuda.current_device() == 0
+    assert all(found[name].device == there and torch.equal(found[name].cpu(), first[name].cpu()) for name in NAMES)
