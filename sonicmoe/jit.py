@@ -252,6 +252,14 @@ def load(ext: Extension, cache_dir, timeout: float = LOCK_TIMEOUT_S):
     return found
 
 
+def build_ahead(ext: Extension, cache_dir, timeout: float = LOCK_TIMEOUT_S) -> None:
+    """Compile what ``load`` would find missing, for it to find: loads nothing, and holds up nobody's ``load``."""
+    cache_dir = Path(cache_dir)
+    if all(_intact(folder, ext) is None for folder in _candidates(ext, cache_dir)):
+        cache_safety.make_private(cache_dir, "ext", "locks")
+        _build(ext, cache_dir, timeout)
+
+
 def _load(ext: Extension, cache_dir: Path, timeout: float):
     unloadable = None
     try:

@@ -68,6 +68,11 @@ def test_threads_of_one_process_compile_once(csrc, cache, compiler):
     assert compiler.compilations() == 1
 
 
+def test_what_was_begun_ahead_is_waited_for(csrc, cache, compiler):
+    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path, ahead=True)) == [1]
+    assert compiler.compilations() == 1
+
+
 @pytest.mark.slow
 def test_real_extension_from_the_cache(routing_cache, compiler):
     assert tools.answers(tools.ask(routing_cache, "routing", path=compiler.path)) == [ROUTED]

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
+from ..gemm.api import build_ahead
 from ..gemm.plan import Plan
+from ..launch import arch
 from ..routing.counts import count, slots_of_experts
 from ..routing.metadata import build as build_routing
 from ..routing.pairs import build as build_pairs
@@ -265,4 +267,6 @@ def _layer_plan(facts, activation: ActivationType, config: SonicMoEConfig) -> Pl
         checks.require_dtype(name, weight, checks.FLOAT_DTYPES)
         checks.require_contiguous(name, weight)
         checks.require_same_place(name, weight, "x", x)
+    if plan.device == "cuda":
+        build_ahead(plan, arch(x))
     return plan

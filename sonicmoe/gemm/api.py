@@ -6,7 +6,10 @@ grouped GEMM with its gather and its epilogue. Quantization is part of the epilo
 hands FP8 work to the next one in a wider type.
 """
 
+import contextlib
+import threading
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from ..quant.formats import QuantWeights
@@ -49,6 +52,9 @@ class Stages(Protocol):
     ``out``: contiguous tensors of the results' shapes and of the storage type, in the order of the results, for a
     caller who has them already; None (the whole or a member) where the stage allocates. Never given under FP8.
     """
+
+    def build_ahead(self, plan: Plan, arch: str) -> None:
+        """Compile what calls under ``plan`` launch and the cache does not hold. For another thread than theirs."""
 
     def prepare_rows(self, x, plan: Plan):
         """[T,H] as a row operand: as it is, quantized once a token, or requantized if the blocks differ."""
@@ -101,3 +107,16 @@ _BACKENDS = {"naive": naive, "sm90_bf16": sm90_bf16, "sm90_fp8": sm90_fp8}
 
 def stages(plan: Plan) -> Stages:
     return _BACKENDS[plan.backend]
+
+
+@cache
+def build_ahead(plan: Plan, arch: str) -> None:
+    """Begin to compile what is missing, once a plan, and return at once: the calls themselves come to their GEMMs only
+    after other compilers have run, one by one, and wait for this then as they would for another process."""
+    threading.Thread(target=_build_quietly, args=(plan, arch), name="sonicmoe-build", daemon=True).start()
+
+
+def _build_quietly(plan: Plan, arch: str) -> None:
+    # What goes wrong here goes wrong again in the call, which says so.
+    with contextlib.suppress(Exception):
+        stages(plan).build_ahead(plan, arch)

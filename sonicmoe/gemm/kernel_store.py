@@ -200,6 +200,12 @@ def load(kernels: list[GemmKernel], cache_dir: Path) -> list:
     return [_loaded[key] for key in wanted]
 
 
+def build_ahead(kernels: list[GemmKernel], cache_dir: Path) -> None:
+    """Compile what ``load`` would find missing, for it to find: loads nothing, and holds up nobody's ``load``."""
+    if not all(_intact(_folder(cache_dir), kernel) for kernel in kernels):
+        _build_missing(list(dict.fromkeys(kernels)), cache_dir)
+
+
 def _load_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
     kernels = list(dict.fromkeys(kernels))
     try:

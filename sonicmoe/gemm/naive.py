@@ -115,6 +115,10 @@ def _scores(routing, lo: int, hi: int):
     return routing.scores.index_select(0, routing.s_scatter_idx[lo:hi].to(torch.int64)).reshape([-1, 1])
 
 
+def build_ahead(plan, arch: str) -> None:
+    """Nothing here is compiled."""
+
+
 def prepare_rows(x, plan):
     if plan.recipe is None:
         return quant.dequantize(x).to(_dtype(plan)) if isinstance(x, QuantTensor) else x

@@ -53,18 +53,24 @@ _WGRADS = [
 ]
 
 
-@cache
-def kernels(plan: Plan) -> _Set:
-    storage = plan.storage
-    curve = {"activation": plan.activation.value, "clamp": plan.clamp}
-    chosen = {
+def _chosen(plan: Plan) -> dict:
+    storage, curve = plan.storage, {"activation": plan.activation.value, "clamp": plan.clamp}
+    return {
         "up": _kernel("up", storage, **curve),
         "up_z": _kernel("up_z", storage),
         "down": _kernel("rows", storage, "down"),
         "dx": _kernel("rows", storage, "dx", transposed=True),
         "down_backward": _kernel("down_backward", storage, **curve),
     }
-    wanted = [*chosen.values(), *_wgrad_kernels(storage).values()]
+
+
+def _wanted(plan: Plan) -> list[GemmKernel]:
+    return [*_chosen(plan).values(), *_wgrad_kernels(plan.storage).values()]
+
+
+@cache
+def kernels(plan: Plan) -> _Set:
+    chosen, wanted = _chosen(plan), _wanted(plan)
     run = dict(zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True))
     return _Set(**{name: Loaded(kernel, run[kernel]) for name, kernel in chosen.items()})
 
@@ -79,6 +85,14 @@ def wgrads(storage: str, cache_dir) -> dict:
     wanted = _wgrad_kernels(storage)
     found = kernel_store.load(list(wanted.values()), cache_dir)
     return {key: Loaded(kernel, run) for (key, kernel), run in zip(wanted.items(), found, strict=True)}
+
+
+def build_ahead(plan: Plan, arch: str) -> None:
+    kernel_store.build_ahead(_wanted(plan), plan.cache_dir)
+
+
+def build_wgrads_ahead(plan: Plan) -> None:
+    kernel_store.build_ahead(list(_wgrad_kernels(plan.storage).values()), plan.cache_dir)
 
 
 def combine():

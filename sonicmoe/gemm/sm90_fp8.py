@@ -48,6 +48,12 @@ def _module(target: str, cache_dir):
     return jit.load(extension(target), cache_dir)
 
 
+def build_ahead(plan, arch: str) -> None:
+    jit.build_ahead(extension(arch), plan.cache_dir)
+    if not plan.fp8_wgrad:
+        sm90_bf16.build_wgrads_ahead(plan)
+
+
 @dataclass(frozen=True)
 class TokenMajor:
     """An operand of wgrad: e4m3 [C,M] with a scale for each column of C and block of 128 tokens, [M/128,C]."""

@@ -1,6 +1,8 @@
 """Which kernels the engine chooses and how it launches them, without a GPU: stubs compute what the kernels would, from
 what each launch got alone, so that the whole engine's results can be held against the naive one's."""
 
+import threading
+
 import pytest
 
 from tests.support import torch_oracle as oracle
@@ -51,6 +53,23 @@ def test_backend_by_arch_type_and_setting(device, arch, storage, settings, backe
     plan = make_plan(SonicMoEConfig(**settings), "swiglu", storage=storage, device=device, arch=arch)
     assert plan.backend == backend and plan.path.startswith(f"{device}/{backend}/")
     assert api.stages(plan) is {"sm90_bf16": sm90_bf16, "sm90_fp8": sm90_fp8, "naive": naive}[backend]
+
+
+def test_building_ahead_begins_once_a_plan_and_leaves_errors_to_the_call(monkeypatch, recwarn):
+    plan = make_plan(SonicMoEConfig(swiglu_clamp=3.5), "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
+    begun = []
+
+    def fails(*args):
+        begun.append(args)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(sm90_bf16, "build_ahead", fails)
+    for _ in range(2):
+        api.build_ahead(plan, "sm_90a")
+    for thread in threading.enumerate():
+        if thread.name == "sonicmoe-build":
+            thread.join()
+    assert begun == [(plan, "sm_90a")] and not list(recwarn)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ def test_threads_of_one_process_compile_once(store):
     assert store.made() == sorted(SET)
 
 
+def test_what_was_begun_ahead_is_waited_for(store):
+    assert store.ask(*SET, ahead=True) == [{"answer": list(SET), "present": len(SET)}]
+    assert store.made() == sorted(SET)
+
+
 def test_six_processes_on_an_empty_cache_compile_once(store, tmp_path):
     found = store.at_once([SET] * 6, tmp_path / "start", does={"seconds": 0.1})
     assert found == [[{"answer": list(SET), "present": len(SET)}]] * 6

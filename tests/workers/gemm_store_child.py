@@ -5,6 +5,7 @@
 ops       one kernel each; the answer of its object is its own op
 start     a file to wait for, so that several children start at once
 threads   how many threads ask for all of them, 1 if not given
+ahead     whether one more thread has begun to build them ahead
 umask     an octal number, as text
 user      an id to become once everything is imported
 fail      [function, errno], as ["os.mkdir", "ENOSPC"]: calls of it that write below the cache fail that way
@@ -24,8 +25,12 @@ from tests.workers.jit_child import become_what_was_asked
 STUB = Path(__file__).with_name("stub_gemm_compile.py")
 
 
+def kernel_of(op: str) -> GemmKernel:
+    return GemmKernel(op, Tile(128, 192), activation="swiglu")
+
+
 def load(ops: list[str], cache: Path) -> dict:
-    kernels = [GemmKernel(op, Tile(128, 192), activation="swiglu") for op in ops]
+    kernels = [kernel_of(op) for op in ops]
     try:
         found = kernel_store.load(kernels, cache)
     except Exception as error:
@@ -44,7 +49,9 @@ def main(request: dict) -> list[dict]:
     cache = Path(request["cache"])
     become_what_was_asked(request, cache, import_rest)
     threads = request.get("threads", 1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads + 1) as pool:
+        if request.get("ahead"):
+            pool.submit(kernel_store.build_ahead, [kernel_of(op) for op in request["ops"]], cache)
         return list(pool.map(lambda _: load(request["ops"], cache), range(threads)))
 
 
