@@ -51,7 +51,7 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
   const int piece = thread % 8, first = thread / 8;
   // The swizzle depends on the row's last three bits, which all eight rows have in common.
   const int target = first * kTile + ((piece ^ (first % 8)) * 16);
-  const int from = Kind::kNeighbours ? first % 8 * 2 + first / 8 : first;  // of each 16 tokens
+  const int from = Kind::kAlone ? first % 8 * 2 + first / 8 : first;  // of each 16 tokens
   const Address base = uniform(opaque(shared_address(&shared)));
   const uint32_t pieces = p.depth / 16;
   Units<Kind> units(p, rank);

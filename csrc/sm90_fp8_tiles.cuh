@@ -17,40 +17,40 @@ constexpr int kGroup = 8;               // units of rows that go through the col
 
 // What a GEMM is made of.
 //   kGather         tokens are gathered row by row; a unit's rows are tokens
-//   kNeighbours     ... of which a thread's two, 8 rows apart, are such as follow each other
 //   kStrips         scales of both operands come with every step, one for each row and column
-//   kAlone          a warpgroup makes every second tile, and all of it
+//   kAlone          a warpgroup makes every second tile, and all of it; a thread's two tokens, 8 rows apart, are such as
+//                   follow each other
 //   kRowTiles       tiles that a block makes at once, one below the other; kColumnTiles likewise side by side
 //   kOutBytes       room for each warpgroup's results; kAlongBytes for what it makes of them for wgrad
 //   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
-  static constexpr bool kGather = false, kNeighbours = false, kStrips = false, kAlone = false;
+  static constexpr bool kGather = false, kStrips = false, kAlone = false;
   static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct UpKind {
-  static constexpr bool kGather = true, kNeighbours = false, kStrips = false, kAlone = false, kClamp = kClamp_;
+  static constexpr bool kGather = true, kStrips = false, kAlone = false, kClamp = kClamp_;
   static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
-  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
+  static constexpr bool kGather = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = false;
   static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
-  static constexpr bool kGather = true, kNeighbours = true, kStrips = false, kAlone = true;
+  static constexpr bool kGather = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = true;
   static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 struct WgradKind {
-  static constexpr bool kGather = false, kNeighbours = false, kStrips = true, kAlone = false;
+  static constexpr bool kGather = false, kStrips = true, kAlone = false;
   static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 0, kAlongBytes = 0;
 };

@@ -69,7 +69,14 @@ def test_threads_of_one_process_compile_once(csrc, cache, compiler):
 
 
 def test_what_was_begun_ahead_is_waited_for(csrc, cache, compiler):
-    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path, ahead=True)) == [1]
+    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path, ahead=["one"])) == [1]
+    assert compiler.compilations() == 1
+
+
+def test_what_was_built_ahead_is_found(csrc, cache, compiler):
+    assert tools.ask(cache, csrc=csrc, path=compiler.path, ahead=["one"]) == []
+    assert compiler.compilations() == 1
+    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path)) == [1]
     assert compiler.compilations() == 1
 
 

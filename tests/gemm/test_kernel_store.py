@@ -78,8 +78,15 @@ def test_threads_of_one_process_compile_once(store):
 
 
 def test_what_was_begun_ahead_is_waited_for(store):
-    assert store.ask(*SET, ahead=True) == [{"answer": list(SET), "present": len(SET)}]
+    assert store.ask(*SET, ahead=SET) == [{"answer": list(SET), "present": len(SET)}]
     assert store.made() == sorted(SET)
+
+
+def test_what_was_built_ahead_is_found(store):
+    store.ask(ahead=["up", "rows"])
+    assert store.made() == ["rows", "up"]
+    store.loads("up", "rows")
+    assert store.made() == ["rows", "up"]
 
 
 def test_six_processes_on_an_empty_cache_compile_once(store, tmp_path):

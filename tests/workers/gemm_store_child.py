@@ -5,7 +5,7 @@
 ops       one kernel each; the answer of its object is its own op
 start     a file to wait for, so that several children start at once
 threads   how many threads ask for all of them, 1 if not given
-ahead     whether one more thread has begun to build them ahead
+ahead     kernels that one more thread has begun to build ahead
 umask     an octal number, as text
 user      an id to become once everything is imported
 fail      [function, errno], as ["os.mkdir", "ENOSPC"]: calls of it that write below the cache fail that way
@@ -50,9 +50,10 @@ def main(request: dict) -> list[dict]:
     become_what_was_asked(request, cache, import_rest)
     threads = request.get("threads", 1)
     with ThreadPoolExecutor(threads + 1) as pool:
-        if request.get("ahead"):
-            pool.submit(kernel_store.build_ahead, [kernel_of(op) for op in request["ops"]], cache)
-        return list(pool.map(lambda _: load(request["ops"], cache), range(threads)))
+        ahead = pool.submit(kernel_store.build_ahead, [kernel_of(op) for op in request.get("ahead", ())], cache)
+        found = list(pool.map(lambda _: load(request["ops"], cache), range(threads)))
+        ahead.result()
+        return found
 
 
 if __name__ == "__main__":

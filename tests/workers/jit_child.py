@@ -6,7 +6,7 @@ names     extensions of one source each; "routing" is the real one
 csrc      where their sources lie, null for the repository's
 start     a file to wait for, so that several children start at once
 threads   how many threads ask for each extension, 1 if not given
-ahead     whether one more thread has begun to build each ahead
+ahead     extensions that one more thread has begun to build ahead
 timeout   seconds to wait for a lock
 umask     an octal number, as text
 user      an id to become once everything is imported
@@ -96,9 +96,11 @@ def main(request: dict) -> list[dict]:
     asked = [name for name in request["names"] for _ in range(request.get("threads", 1))]
     timeout = request.get("timeout", 120)
     with ThreadPoolExecutor(request.get("threads", 1) + 1) as pool:
-        for name in request["names"] if request.get("ahead") else ():
-            pool.submit(jit.build_ahead, extension(name), cache)
-        return list(pool.map(lambda name: load(name, cache, timeout), asked))
+        ahead = [pool.submit(jit.build_ahead, extension(name), cache) for name in request.get("ahead", ())]
+        found = list(pool.map(lambda name: load(name, cache, timeout), asked))
+        for begun in ahead:
+            begun.result()
+        return found
 
 
 if __name__ == "__main__":

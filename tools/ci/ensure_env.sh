@@ -9,17 +9,20 @@ unset PYTHONPATH PYTHONHOME
 # version manager's stand-in may exist for a Python that is not there, so each candidate has to prove itself.
 usable='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 
-if [[ -n "${PYTHON:-}" ]]; then
-    candidates="$PYTHON"
-else
-    # All of PATH, not just the first hit: a broken environment that is still activated comes first.
-    candidates="$(type -ap python3.11 python3.12 python3.13 python3 || true)"
-fi
+candidates() {
+    if [[ -n "${PYTHON:-}" ]]; then
+        echo "$PYTHON"
+    else
+        # All of PATH, not just the first hit: a broken environment that is still activated comes first.
+        type -ap python3.11 python3.12 python3.13 python3
+    fi
+}
+
 while IFS= read -r python; do
-    if [[ -n "$python" ]] && "$python" -c "$usable" >/dev/null 2>&1; then
+    if "$python" -c "$usable" >/dev/null 2>&1; then
         exec "$python" "$here/ensure_env.py" "$@"
     fi
-done <<<"$candidates"
+done < <(candidates)
 
 echo "env: no usable Python: ${PYTHON:-PATH} has no Python 3.11, 3.12 or 3.13 with its venv module" \
      "(on Debian: python3 and python3-venv)" >&2
