@@ -1,8 +1,8 @@
 """Where the rows of one call go, and what comes back from where.
 
-T tokens, K slots a token, E experts in all, R ranks. Rank r holds experts r*E/R to (r+1)*E/R. A token goes once to every
-rank that holds one of its experts. N_sent rows leave, by (rank, token); N_received come, by (rank they come from, token
-there): all orders follow from the indices alone, and so do the bits of every sum.
+T tokens, K slots a token, E experts in all, R ranks. Rank r holds experts r*E/R to (r+1)*E/R. A token goes once to
+every rank that holds one of its experts. N_sent rows leave, by (rank, token); N_received come, by (rank they come from,
+token there): all orders follow from the indices alone, and so do the bits of every sum.
 """
 
 from dataclasses import dataclass

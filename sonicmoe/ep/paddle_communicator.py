@@ -56,9 +56,9 @@ class _AllToAll:
 class _Pairs(_AllToAll):
     """Composed of send and recv, for gloo.
 
-    A message there has a number that each rank counts for itself, one a call, and it reaches only the call with the same
-    number. So every rank makes the same number of calls: each round pairs all of them, each pair sends both ways, and
-    no rows are sent as one that nobody reads. Of a pair the lower rank sends first: no two wait for each other.
+    A message there has a number that each rank counts for itself, one a call, and it reaches only the call with the
+    same number. So every rank makes the same number of calls: each round pairs all of them, each pair sends both ways,
+    and no rows are sent as one that nobody reads. Of a pair the lower rank sends first: no two wait for each other.
     """
 
     def __init__(self, group):
@@ -83,7 +83,7 @@ class _Pairs(_AllToAll):
         return Landed(paddle.concat([came[rank][: received[rank]] for rank in range(self.size)]))
 
     def _partner(self, number: int) -> int:
-        """The circle of a tournament: the last rank sits still, and pairs of the others add up to the round's number."""
+        """As in a tournament: the last rank sits still, and pairs of the others add up to the round's number."""
         around = self.size - 1
         if self.rank == around:
             return number * self.size // 2 % around

@@ -60,9 +60,9 @@ class ExpertParallelMoE(nn.Layer):
     named by their number in the whole layer, of ``dtype``; their gradients reach ``main_grad`` at ``step()``. All begin
     alike for any number of ranks.
 
-    ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``: keep
-    x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's tokens
-    are cut, so that one piece travels while another is computed.
+    ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``:
+    keep x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's
+    tokens are cut, so that one piece travels while another is computed.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ExpertParallelMoE(nn.Layer):
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")
         # All branches begin at a float32 x, and end so: Paddle's CPU cannot add gradients in bf16, nor join them.
         x = hidden_states.astype("float32").reshape([-1, self.hidden_size])
-        logits = paddle.matmul(x, self.router.weight)
+        logits = self._logits(x)
         probs, indices, frequency = self._choose(logits)
         if self.training:
             self.load = self.load + frequency
@@ -138,7 +138,18 @@ class ExpertParallelMoE(nn.Layer):
         out = out.astype(hidden_states.dtype).reshape(hidden_states.shape)
         return out, self._switch_loss(logits, frequency)
 
+    def _logits(self, x):
+        if x.shape[0]:
+            return paddle.matmul(x, self.router.weight)
+        # Paddle has no gradient of a product without rows; that of the scores must all the same be wanted here as on
+        # other ranks, or these would wait for it.
+        none = paddle.zeros([0, self.num_experts], dtype="float32")
+        none.stop_gradient = self.router.weight.stop_gradient and x.stop_gradient
+        return none
+
     def _shared(self, x):
+        if not x.shape[0]:
+            return paddle.zeros_like(x)
         wide = x if checks.is_cpu(x) else x.astype(self.compute_dtype)
         return self.shared(wide).astype("float32")
 

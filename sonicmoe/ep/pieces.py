@@ -11,8 +11,10 @@ def cut(tensor, pieces: int) -> list:
 
 
 def run_pieces(tape, pieces, open_call, experts, beside=None):
-    """([T,H] of each piece, what ``beside`` made) for ``pieces`` of (x, probs, indices). All dispatches begin before the
-    experts of the first piece, and a piece goes back while the next is computed. ``beside`` runs while tokens travel.
+    """([T,H] of each piece, what ``beside`` made) for ``pieces`` of (x, probs, indices).
+
+    All dispatches begin before the experts of the first piece, and a piece goes back while the next is computed.
+    ``beside`` runs while tokens travel.
 
     The tape runs it backwards: a gradient leaves, others are computed, and it is waited for where it is needed.
     """

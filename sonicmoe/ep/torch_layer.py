@@ -43,12 +43,13 @@ class SharedExpert(nn.Module):
 class ExpertParallelMoE(nn.Module):
     """Top-k routing over ``num_experts`` experts, of which each rank of ``group`` holds an equal part.
 
-    Parameters: ``router.weight`` [E, H] and those of ``shared`` are the same on every rank; ``c_fc.weight`` [E/R, 2I, H]
-    and ``c_proj.weight`` [E/R, H, I], in native layout, are this rank's own. All begin alike for any number of ranks.
+    Parameters: ``router.weight`` [E, H] and those of ``shared`` are the same on every rank; ``c_fc.weight``
+    [E/R, 2I, H] and ``c_proj.weight`` [E/R, H, I], in native layout, are this rank's own. All begin alike for any
+    number of ranks.
 
-    ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``: keep
-    x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's tokens
-    are cut, so that one piece travels while another is computed.
+    ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``:
+    keep x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's
+    tokens are cut, so that one piece travels while another is computed.
     """
 
     def __init__(

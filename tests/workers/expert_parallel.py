@@ -29,7 +29,7 @@ def batch(case, step: int, micro: int) -> np.ndarray:
 
 
 def parts_of(case, rank: int, size: int) -> list[slice]:
-    """This process's rows of a batch, part by part. ``rows`` says how many each rank of a run has, if not alike many."""
+    """This process's rows of a batch, part by part. ``rows``: how many each rank has, if not alike many."""
     whole = case["n_tokens"]
     rows = case["rows"] or [whole // case["parts"]] * case["parts"]
     bounds = np.concatenate([[0], np.cumsum(rows)])
@@ -56,6 +56,7 @@ class Adam:
 
 
 def train(framework, case, folder: Path) -> dict:
+    """Losses of each step, gradients of the first and weights after the last."""
     made = framework.make_layer(case)
     rank, size = framework.rank, framework.size
     optimizer, losses, first, found = Adam(framework.weights(made)), [], 0, {}
