@@ -15,7 +15,8 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
 from ..functional.dispatched import dispatched_experts
-from ..functional.layer import checked_topk, route_topk, router_logits
+from ..functional.layer import checked_topk, route_topk
+from ..functional.router import logits_on_tape
 from ..functional.streams import compute_input
 from ..functional.switch_loss import switch_loss
 from ..moe import Experts
@@ -44,8 +45,8 @@ class ExpertParallelMoE(nn.Module):
     """Top-k routing over ``num_experts`` experts, of which each rank of ``group`` holds an equal part.
 
     Parameters: ``router.weight`` [E, H] and those of ``shared`` are the same on every rank; ``c_fc.weight``
-    [E/R, 2I, H] and ``c_proj.weight`` [E/R, H, I], in native layout, are this rank's own. All begin alike for any
-    number of ranks.
+    [E/R, 2I, H] and ``c_proj.weight`` [E/R, H, I], in native layout, are this rank's own. On
+    one kind of device all begin alike for any number of ranks.
 
     ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``:
     keep x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's
@@ -97,14 +98,17 @@ class ExpertParallelMoE(nn.Module):
     @torch.no_grad()
     def _draw(self, std: float, seed: int) -> None:
         """Each expert has a generator of its own, so that its weights do not depend on who holds it."""
-        generator = torch.Generator().manual_seed(seed)
+        device = self.router.weight.device
+        if device.type == "meta":
+            return
+        generator = torch.Generator(device).manual_seed(seed)
         alike = [self.router.weight] + ([] if self.shared is None else list(self.shared.parameters()))
         for weight in alike:
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            weight.copy_(torch.randn(weight.shape, generator=generator, device=device) * std)
         for place, expert in enumerate(self.held):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + expert + 1)
-            for weight in (self.c_fc.weight, self.c_proj.weight):
-                weight[place].copy_(torch.randn(weight[place].shape, generator=generator) * std)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + expert + 1)
+            for weight in (self.c_fc.weight[place], self.c_proj.weight[place]):
+                weight.copy_(torch.randn(weight.shape, generator=generator, device=device) * std)
 
     def forward(self, hidden_states):
         """(out, aux_loss) for hidden_states [..., H]; all ranks call it together, a rank without tokens too.
@@ -117,7 +121,7 @@ class ExpertParallelMoE(nn.Module):
             given = list(hidden_states.shape)
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")
         x = hidden_states.reshape(-1, self.hidden_size)
-        logits = router_logits(x, self.router.weight)
+        logits = logits_on_tape(x, self.router.weight, self._config())
         probs, indices = self._choose(logits)
         frequency = self.comm.sum_(count(indices.reshape(-1), self.num_experts).to(torch.int64))
         if self.training:
@@ -127,11 +131,11 @@ class ExpertParallelMoE(nn.Module):
             out = checkpoint(self._routed, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._routed(*args)
-        return out.reshape(hidden_states.shape), switch_loss(logits, frequency)
+        return out.reshape(hidden_states.shape), switch_loss(logits, frequency, self._config())
 
     def _choose(self, logits):
         if self.balance_offset is None:
-            return route_topk(logits, self.top_k, config=self.config)
+            return route_topk(logits, self.top_k, config=self._config())
         indices = balance.choose(logits.detach(), self.balance_offset, self.top_k)
         return torch.softmax(logits.to(torch.float32).gather(1, indices), dim=-1), indices.to(torch.int32)
 
@@ -149,8 +153,11 @@ class ExpertParallelMoE(nn.Module):
         return dispatched_experts(
             rows, call.counts, call.local_indices, probs, self.c_fc.weight, self.c_proj.weight,
             self.activation_function, payload=call.take_payload(), combine_grad_handle=call.combine_grad_handle,
-            config=self.config,
+            config=self._config(),
         )  # fmt: skip
+
+    def _config(self) -> SonicMoEConfig:
+        return SonicMoEConfig.current() if self.config is None else self.config
 
     def step(self) -> None:
         """Between the last backward and the optimizer's step: moves the balance offset by the load since the last."""
