@@ -91,7 +91,8 @@ def check_router_weight(device, shapes=PRODUCTS):
     types = [(torch.float16, torch.float16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)]
     if torch.device(device).type != "cpu":  # the interpreter takes a product's bf16 operands for integers
         types += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
-    bounds = {torch.bfloat16: 8e-3, torch.float16: 5e-4, torch.float32: 2e-6}
+    # Tensor cores cut off what they add, by a part in 2^22 or so of a long sum.
+    bounds = {torch.bfloat16: 8e-3, torch.float32: 8e-6}
     for number, ((n_tokens, n_experts, hidden), given) in enumerate(itertools.product(shapes, types)):
         rng = np.random.default_rng(number)
         sizes = (n_tokens, n_experts), (n_tokens, hidden)
@@ -100,13 +101,12 @@ def check_router_weight(device, shapes=PRODUCTS):
         dlogits, x = dlogits.to(device, given[0]), x.to(device, given[1])
         wanted = dlogits.double().t() @ x.to(given[0]).double()
         for out_dtype in (torch.float32, torch.bfloat16):
-            bound = max(bounds[out_dtype], bounds[torch.float32])
             for run in (triton_router_weight.gradient, router_weight.naive_gradient):
                 made = run(dlogits, x, out_dtype)
                 about = f"{run.__module__} T={n_tokens} E={n_experts} H={hidden} {given} -> {out_dtype}"
                 if made.dtype != out_dtype or made.shape != wanted.shape:
                     found.append(f"{about}: {made.dtype} {tuple(made.shape)}")
-                elif not relative(made, wanted) < bound and not (n_tokens == 0 and bool((made == 0).all())):
+                elif not relative(made, wanted) < bounds[out_dtype] and not (n_tokens == 0 and bool((made == 0).all())):
                     found.append(f"{about}: off by {relative(made, wanted):.1e}")
     return found
 
