@@ -6,6 +6,8 @@ out, aux_loss = layer(x)
 layer.sum_shared_gradients(); layer.step(); optimizer.step()
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,9 +25,20 @@ from ..moe import Experts
 from ..routing.counts import count
 from . import balance, torch_communicator, torch_tape
 from .call import Wire
+from .deepep import DeepEp
 from .layout import experts_of_rank
 from .pieces import cut, run_pieces
 from .transport import AllToAll
+
+
+def make_transport(name: str, comm, group=None):
+    """``alltoall``, ``deepep``, or ``auto``: DeepEP where it is installed. A rank alone needs neither."""
+    if name not in ("auto", "alltoall", "deepep"):
+        raise ValueError(f"transport: got {name!r}, need 'auto', 'alltoall' or 'deepep'")
+    installed = find_spec("deep_ep") is not None
+    if comm.size == 1 or name == "alltoall" or (name == "auto" and not installed):
+        return AllToAll(comm)
+    return DeepEp(group)
 
 
 class SharedExpert(nn.Module):
@@ -50,7 +63,8 @@ class ExpertParallelMoE(nn.Module):
 
     ``balance_speed``: see ``balance.py``. ``fp8_dispatch``, ``fp8_combine_grad``: what travels as FP8. ``recompute``:
     keep x alone, and run everything after the router again in backward. ``overlap``: into how many pieces a call's
-    tokens are cut, so that one piece travels while another is computed.
+    tokens are cut, so that one piece travels while another is computed. ``transport``: see ``make_transport``;
+    ``layer.transport.name`` tells which it is.
     """
 
     def __init__(
@@ -70,11 +84,12 @@ class ExpertParallelMoE(nn.Module):
         fp8_combine_grad: bool = False,
         recompute: bool = False,
         overlap: int = 1,
+        transport: str = "alltoall",
         config: SonicMoEConfig | None = None,
     ):
         super().__init__()
         self.comm = torch_communicator.of(group)
-        self.transport = AllToAll(self.comm)
+        self.transport = make_transport(transport, self.comm, group)
         self.num_experts = checks.require_int("num_experts", num_experts)
         self.top_k = checked_topk(num_experts_per_tok, self.num_experts)
         self.hidden_size = checks.require_int("hidden_size", hidden_size)

@@ -47,6 +47,26 @@ def found(request, framework, tmp_path_factory):
     return ranks, ep_runs.run(framework, ranks, cases(ranks), folder, limit_s=90)
 
 
+DEEPEP = ["uneven", "holes", "one rank gets all", "fp8"]
+
+
+@pytest.fixture(scope="module")
+def through_deepep(tmp_path_factory):
+    """On a stand-in that takes what DeepEP takes."""
+    chosen = {name: {**cases(2)[name], "deepep": True} for name in DEEPEP}
+    return ep_runs.run("torch", 2, chosen, tmp_path_factory.mktemp("deepep") / "run", limit_s=90)
+
+
+@pytest.mark.dist
+@pytest.mark.torch
+@pytest.mark.parametrize("name", DEEPEP)
+def test_deepep_is_given_what_it_takes(through_deepep, name):
+    expected = Expected(cases(2)[name], 2)
+    for rank in range(2):
+        for key, value in expected.rank(rank).items():
+            np.testing.assert_array_equal(through_deepep[rank][name][key], value, err_msg=f"rank {rank}: {key}")
+
+
 def through_fp8(values) -> np.ndarray:
     """e4m3 codes with float32 scales for 128 channels, as the definition makes them."""
     import paddle

@@ -1,6 +1,7 @@
 """Paddle and torch for ``expert_parallel.py``: one interface, NumPy at every edge."""
 
 import os
+import sys
 
 import numpy as np
 
@@ -90,12 +91,11 @@ class _Framework:
 
     def dispatch_combine(self, case, given) -> dict:
         from sonicmoe.ep.call import Wire
-        from sonicmoe.ep.transport import AllToAll
 
         tape, comm = self.tape, self.communicator()
         x, probs = self.leaf(given["x"], "bfloat16"), self.leaf(given["probs"], "float32")
         indices = self.tensor(given["indices"], case["index_dtype"])
-        call = tape.open_call(indices, x, probs, case["n_experts"], AllToAll(comm), Wire(**case["wire"]))
+        call = tape.open_call(indices, x, probs, case["n_experts"], self.transport(case, comm), Wire(**case["wire"]))
         rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
         payload = call.take_payload()
         came = self.array(rows) if payload is None else self.dequantized(payload)
@@ -126,6 +126,11 @@ class _Framework:
         if layer.shared is not None:
             yield "shared up", layer.shared.up_gate_proj.weight
             yield "shared down", layer.shared.down_proj.weight
+
+    def transport(self, case, comm):
+        from sonicmoe.ep.transport import AllToAll
+
+        return AllToAll(comm)
 
 
 class Paddle(_Framework):
@@ -206,6 +211,9 @@ class Torch(_Framework):
         torch.use_deterministic_algorithms(True)
         if "LOCAL_RANK" in os.environ:
             dist.init_process_group("gloo")
+        from tests.support import deep_ep_stub
+
+        sys.modules["deep_ep"] = deep_ep_stub
         from sonicmoe.ep import torch_communicator, torch_layer, torch_tape
         from sonicmoe.ep.checkpoint import torch_files
 
@@ -218,6 +226,13 @@ class Torch(_Framework):
         if self.size > 1:
             self.dist.barrier()
             self.dist.destroy_process_group()
+
+    def transport(self, case, comm):
+        if not case.get("deepep"):
+            return super().transport(case, comm)
+        from sonicmoe.ep.deepep import DeepEp
+
+        return DeepEp()
 
     def make_layer(self, case):
         layer = super().make_layer(case).to(self.torch.bfloat16)
