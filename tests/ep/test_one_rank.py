@@ -111,6 +111,29 @@ def test_balance_evens_the_load():
     assert int(layer.load.sum()) == 0 and "balance_offset" in layer.state_dict()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_dispatches_again(recompute, monkeypatch):
+    seen, begin = [], AllToAll.begin_dispatch
+    monkeypatch.setattr(AllToAll, "begin_dispatch", lambda self, *args: seen.append(1) or begin(self, *args))
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, recompute=recompute)
+    out, _ = layer(paddle.randn([T, H]))
+    assert len(seen) == 1
+    out.sum().backward()
+    assert len(seen) == 1 + recompute
+
+
+@pytest.mark.parametrize("frozen", ["router", "experts"])
+def test_frozen_parts(frozen):
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1)
+    for weight in [layer.router.weight] if frozen == "router" else layer.experts.parameters():
+        weight.stop_gradient = True
+    (layer(paddle.randn([T, H]))[0] ** 2).mean().backward()
+    layer.step()
+    assert (layer.router.weight.grad is None) == (frozen == "router")
+    grads = [getattr(weight, "main_grad", None) for weight in layer.experts.parameters()]
+    assert all((grad is None) == (frozen == "experts") for grad in grads)
+
+
 def test_a_layer_without_gradients_keeps_nothing():
     layer = paddle_layer.ExpertParallelMoE(**SIZES)
     x = paddle.randn([T, H])
