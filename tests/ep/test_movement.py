@@ -95,7 +95,8 @@ class Expected:
         self.local = [np.where(self.owner == rank, indices % held, -1) for rank in range(ranks)]
         x = through_fp8(given["x"]) if self.fp8 else given["x"]
         probs = [np.where(self.owner == rank, given["probs"], 0) for rank in range(ranks)]
-        y = [2 * x + p.sum(axis=1, keepdims=True) for p in probs]
+        self.place = np.arange(1, case["topk"] + 1)  # each slot counts otherwise
+        y = [2 * x + (p * self.place).sum(axis=1, keepdims=True) for p in probs]
         goes = [(self.owner == rank).any(axis=1, keepdims=True) for rank in range(ranks)]
         self.copies = sum(goes) if ranks else 0
         self.out = sum(np.where(go, part, 0) for go, part in zip(goes, y, strict=True))
@@ -113,7 +114,7 @@ class Expected:
         }
         if self.fp8:
             return found | {"dy": through_fp8(dout)[tokens]}
-        ds = np.where(self.is_one, dout.sum(axis=1, keepdims=True), 0)
+        ds = np.where(self.is_one, dout.sum(axis=1, keepdims=True) * self.place, 0)
         return found | {"out": self.out[mine], "dx": (2 * self.copies * dout)[mine], "ds": ds[mine]}
 
 

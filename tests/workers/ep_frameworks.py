@@ -101,7 +101,8 @@ class _Framework:
         came = self.array(rows) if payload is None else self.dequantized(payload)
         # Beside a payload the rows have no values.
         wide = self.wide(rows) if payload is None else self.tensor(came, "float32")
-        y = wide * 2 + row_probs.sum(-1).reshape([-1, 1])
+        place = self.tensor(np.arange(1, case["topk"] + 1, dtype=np.float32), "float32")
+        y = wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1])
         out = tape.finish_combine(tape.begin_combine(self.narrow(y), call), call)
         out.backward(self.tensor(given["dout"], "bfloat16"))
         found = {} if not call.combine_grad_handle else {"dy": self.dequantized(self.handed_over(call))}

@@ -31,7 +31,7 @@ def problem(case) -> dict[str, np.ndarray]:
 
 
 def move(framework, case, folder) -> dict[str, np.ndarray]:
-    """y = 2 x + the sum of the row's probs; out and gradients come back."""
+    """y = 2 x + the sum of the row's probs, each times the number of its slot from 1; out and gradients come back."""
     given = problem(case)
     bounds = np.concatenate([[0], np.cumsum(case["rows"])])
     mine = slice(int(bounds[framework.rank]), int(bounds[framework.rank + 1]))
