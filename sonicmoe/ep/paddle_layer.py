@@ -7,7 +7,7 @@ layer.sum_shared_gradients(); layer.step(); optimizer.step()
 """
 
 # First: it makes `import torch` mean Paddle in everything below.
-from ..ernie_compat import SonicMoEMlpNode  # isort: skip
+from . import paddle_tape  # isort: skip
 
 import numpy as np
 import paddle
@@ -18,7 +18,8 @@ from paddle.distributed.fleet.utils import recompute as run_again_in_backward
 from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
-from . import balance, paddle_communicator, paddle_tape
+from ..ernie_compat import SonicMoEMlpNode
+from . import balance, paddle_communicator
 from .call import Wire
 from .layout import experts_of_rank
 from .pieces import cut, run_pieces

@@ -13,8 +13,12 @@ import paddle
 from paddle.autograd import PyLayer
 
 from .. import checks
+from ..ernie_compat import torch_proxy
 from ..ernie_compat.call import needs_grad
-from .call import EpCall, Wire
+
+torch_proxy.cover(__package__.rpartition(".")[0])
+
+from .call import EpCall, Wire  # noqa: E402
 
 
 def open_call(indices, x, probs, n_experts: int, transport, wire: Wire | None = None) -> EpCall:
