@@ -26,7 +26,7 @@ WORKER = pathlib.Path(__file__).with_name("multicard_worker.py")
 NAMES = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "USE_QUACK_GEMM")
 PREFIXES = ("LC_", "LD_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_", "SONIC_MOE_", "GLOG_", "OMP_", "PYTHON")
 
-GRACE_S = 40  # for the other ranks to end by themselves when one is gone; gloo in Paddle notices after 10
+GRACE_S = 40  # for the other ranks to end by themselves when one is gone; gloo gives up after 30
 MARK = "SONICMOE_MULTICARD_SMOKE"
 SHOWN_LINES = 25
 
