@@ -75,6 +75,10 @@ def test_a_dispatch_waits_for_the_device_once(monkeypatch):
     assert waits[0] == "tolist" and set(waits[1:]) <= {"numpy"} and len(waits) <= 2  # Paddle's tolist calls numpy
 
 
+def values_of(tensor):
+    return tensor.astype("float32").numpy()
+
+
 def test_words_are_the_same_bytes():
     values = np.arange(6 * 128, dtype=np.float32).reshape(6, 128)
     for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
@@ -82,7 +86,11 @@ def test_words_are_the_same_bytes():
         sent = words.to_words(given)
         assert sent.dtype == paddle.int32 and sent.shape == [6, words.words_in(128, dtype)]
         back = words.from_words(sent, dtype)
-        np.testing.assert_array_equal(back.astype("float32").numpy(), given.astype("float32").numpy())
+        np.testing.assert_array_equal(values_of(back), values_of(given))
+        # Slices, which lie within other memory.
+        np.testing.assert_array_equal(words.to_words(given[2:5]).numpy(), sent.numpy()[2:5])
+        part = words.from_words(sent[2:5], dtype)
+        np.testing.assert_array_equal(values_of(part), values_of(given)[2:5])
         empty = words.from_words(words.to_words(given[:0]), dtype)
         assert empty.shape == [0, 128] and empty.dtype == given.dtype
 
