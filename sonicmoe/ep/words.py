@@ -18,18 +18,15 @@ def to_words(rows):
     wide = words_in(columns, checks.dtype_name(rows))
     if n_rows == 0:
         return torch.zeros([0, wide], dtype=torch.int32, device=rows.device)
-    return _seen_as(rows.contiguous(), torch.int32)
+    rows = rows.contiguous()
+    view = rows.view(torch.int32)
+    # Paddle's view of a slice in another item size begins at the wrong byte: then that of a copy.
+    return view if view.data_ptr() == rows.data_ptr() else rows.clone().view(torch.int32)
 
 
 def from_words(words, dtype: str):
-    """[N, words] -> [N,C] of ``dtype``."""
+    """[N, words] -> [N,C] of ``dtype``. ``words`` are what an exchange brought, no slice of it."""
     n_rows, wide = checks.shape_of(words)
     if n_rows == 0:
         return torch.zeros([0, wide * 4 // ITEM_BYTES[dtype]], dtype=getattr(torch, dtype), device=words.device)
-    return _seen_as(words, getattr(torch, dtype))
-
-
-def _seen_as(tensor, dtype):
-    """The same bytes. Paddle's view of a slice in another item size begins at the wrong one: then a copy's."""
-    view = tensor.view(dtype)
-    return view if view.data_ptr() == tensor.data_ptr() else tensor.clone().view(dtype)
+    return words.view(getattr(torch, dtype))
