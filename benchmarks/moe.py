@@ -157,7 +157,8 @@ def add_busy(team: Team, names: list[str], shape: Shape, rows: list[dict], table
             reply = team.ask(name, "busy", kernel=row["kernel"])
             if reply is None:
                 break
-            row |= {"gpu_us": f"{reply['gpu_us']:.1f}", "launches": f"{reply['launches']:.0f}"}
+            row |= {name: f"{reply[name]:.1f}" for name in ("gpu_us", "span_us")}
+            row["launches"] = f"{reply['launches']:.0f}"
             table.put(row)
 
 

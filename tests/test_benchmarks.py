@@ -243,7 +243,7 @@ def runner(part, monkeypatch, tmp_path):
                 "check": figures(),
                 "time": {"wall_ms": wall, "event_ms": wall, "steps": 3},
                 "memory": {"peak_mib": 5.0},
-                "busy": {"gpu_us": 900.0 * wall, "launches": 7.0, "totals": {"gemm": [7.0, 900.0]}, "sequence": []},
+                "busy": {"gpu_us": 900.0 * wall, "span_us": 950.0, "launches": 7.0} | {"totals": {}, "sequence": []},
             }
             env = {"FAKE": json.dumps(answers | (faults or {}).get(name, {}))}
             provider = dataclasses.replace(moe.PROVIDERS[name], command=(sys.executable, str(script)), env=env)
@@ -268,7 +268,7 @@ def test_a_run(runner, tmp_path, capsys):
     rows = stored(path)
     assert len(rows) == 2 * 2 * 3
     assert {(r["check"], r["rounds"], r["peak_mib"], r["launches"]) for r in rows} == {("ok", "3", "5.0000", "7")}
-    assert {r["gpu_us"] for r in rows if r["provider"] == PEER} == {"1800.0"}
+    assert {(r["gpu_us"], r["span_us"]) for r in rows if r["provider"] == PEER} == {("1800.0", "950.0")}
 
 
 @pytest.mark.parametrize("who", [OURS, PEER])
@@ -405,13 +405,14 @@ class MoE(torch.nn.Module):
 """
 CHECK_IT = """
 import json, os
-from moe_bench.worker import Bench, sequence, union
+from moe_bench.worker import Bench, sequence, span, union
 bench = Bench("cpu")
 loaded = bench.load([96, 64, 32, 8, 2], 0, [])
 again = Bench("cpu").load([96, 64, 32, 8, 2], 0, [])
 other = Bench("cpu").load([96, 64, 32, 8, 2], 1, [])
 assert loaded["fingerprint"] == again["fingerprint"] != other["fingerprint"]
 assert union([(0, 2), (1, 3), (5, 6)]) == 4
+assert span([(0, 2), (1, 7), (5, 6)]) == 7 and span([]) == 0
 assert sequence([(0, 1, "a"), (1, 3, "b"), (4, 6, "a"), (6, 8, "b")], 2) == [["a", 1.5], ["b", 2.0]]
 assert sequence([(0, 1, "a"), (1, 3, "b")], 2) == []
 print(json.dumps(bench.check()))

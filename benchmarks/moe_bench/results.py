@@ -11,7 +11,18 @@ from .providers import BASELINE, PROVIDERS, Provider
 from .shapes import KERNELS, MAIN_GRAD, OUTPUTS
 
 KEY = ("kernel", "provider", "T", "H", "I", "E", "K", "device", "versions")
-FIGURES = ("wall_ms", "wall_low", "wall_high", "event_ms", "rounds", "tflops", "gpu_us", "launches", "peak_mib")
+FIGURES = (
+    "wall_ms",
+    "wall_low",
+    "wall_high",
+    "event_ms",
+    "rounds",
+    "tflops",
+    "gpu_us",
+    "span_us",
+    "launches",
+    "peak_mib",
+)
 COLUMNS = (*KEY, "check", *FIGURES, "seconds", "new_files", "run", "note")
 RIGHT = "ok"
 
@@ -116,7 +127,8 @@ def describe(row: Mapping) -> str:
     if row["wall_ms"]:
         parts.append(f"{row['wall_ms']} ms ({row['wall_low']} to {row['wall_high']}), {row['tflops']} TFLOP/s")
     if row["gpu_us"]:
-        parts.append(f"GPU {row['gpu_us']} us in {row['launches']} launches")
+        within = f" of {row['span_us']}" if row["span_us"] else ""  # older tables do not tell
+        parts.append(f"GPU {row['gpu_us']}{within} us in {row['launches']} launches")
     if row["peak_mib"]:
         parts.append(f"peak {row['peak_mib']} MiB")
     return ", ".join(parts) or "not timed"

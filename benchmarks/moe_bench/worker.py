@@ -181,7 +181,8 @@ class Bench:
         return {"peak_mib": peak / 2**20}
 
     def busy(self, kernel: str) -> dict:
-        """GPU time a step, and every launch of a step in the order in which they began.
+        """GPU time a step, the time from the first kernel to the last one's end, which has the waits in between, and
+        every launch of a step in the order in which they began.
 
         After as many steps as one timed turn has, over as many again: a GPU at its power limit slows down within
         milliseconds, and a shorter look would see another clock than the turns did.
@@ -205,6 +206,7 @@ class Bench:
             totals[name] = (launches + 1 / steps, spent + (end - start) / steps)
         return {
             "gpu_us": union(events) / steps,
+            "span_us": span(events) / steps,
             "launches": len(events) / steps,
             "totals": totals,
             "sequence": sequence(events, steps),
@@ -218,6 +220,11 @@ def union(events) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def span(events) -> float:
+    """From the first event's begin to the last one's end."""
+    return max(end for _, end, *_ in events) - min(begin for begin, *_ in events) if events else 0.0
 
 
 def sequence(events, steps: int) -> list:

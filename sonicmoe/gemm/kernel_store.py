@@ -1,6 +1,6 @@
-"""Compiled GEMMs: made by child processes that need no GPU, kept as object files, loaded by TVM-FFI.
+"""Compiled GEMMs: made by child processes that need no GPU, kept as shared libraries, loaded by TVM-FFI.
 
-    <cache>/gemm/<tools>/<key>.o        one kernel; <key> says what it computes, <tools> what made it and for which CPU
+    <cache>/gemm/<tools>/<key>.so       one kernel; <key> says what it computes, <tools> what made it and for which CPU
     <cache>/gemm/<tools>/<key>.json     its SHA-256 and its description
     <cache>/locks/gemm-<tools>.lock     held by the one process that compiles; the others wait and then find
 
@@ -8,6 +8,7 @@ The rules are those of ``jit.py``: nothing half-written under a final name, noth
 written or whose hash is wrong, one clear line where something cannot be had.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ _CHILD = Path(__file__).with_name("quack_compile.py")
 _TOOLS = ("quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 # The generator's compiler comes for either CUDA under one version, and a driver for 12 may not take what 13 made.
 _COMPILERS = ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13")
-_FUNCTION = "gemm"
+_RUNTIME, _FUNCTION = "libcute_dsl_runtime.so", "gemm"
 
 
 def _version(package: str) -> str | None:
@@ -77,7 +78,7 @@ def _folder(cache_dir: Path) -> Path:
 def _intact(folder: Path, kernel: GemmKernel) -> bool:
     try:
         wanted = json.loads((folder / f"{kernel.key()}.json").read_text())["sha256"]
-        return hashlib.sha256((folder / f"{kernel.key()}.o").read_bytes()).hexdigest() == wanted
+        return hashlib.sha256((folder / f"{kernel.key()}.so").read_bytes()).hexdigest() == wanted
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -119,7 +120,7 @@ class _Share:
     def failure(self, status: int) -> str | None:
         """The kernel that the child ended at, and its last words. Children make their kernels in order."""
         for kernel in self.kernels:
-            if not (self.scratch / f"{kernel.key()}.o").exists():
+            if not (self.scratch / f"{kernel.key()}.so").exists():
                 return f"{_name(kernel)}: {self._last_words(status)}"
         return None
 
@@ -146,8 +147,8 @@ def _compile(kernels: list[GemmKernel], scratch: Path) -> None:
 
 
 def _install(kernel: GemmKernel, scratch: Path, folder: Path) -> None:
-    """The record last: an object without one counts as absent."""
-    made = scratch / f"{kernel.key()}.o"
+    """The record last: a library without one counts as absent."""
+    made = scratch / f"{kernel.key()}.so"
     record = {"sha256": hashlib.sha256(made.read_bytes()).hexdigest(), "kernel": asdict(kernel)}
     note = scratch / f"{kernel.key()}.json"
     note.write_text(json.dumps(record, indent=1))
@@ -173,18 +174,34 @@ def _build_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
             _compile(missing, scratch)
         finally:
             for kernel in missing:
-                if (scratch / f"{kernel.key()}.o").exists():  # also of a set in which another one failed
+                if (scratch / f"{kernel.key()}.so").exists():  # also of a set in which another one failed
                     _install(kernel, scratch, folder)
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _open(folder: Path, kernel: GemmKernel):
-    from cutlass.cute.runtime import load_module  # a GPU machine's package; nothing else here needs it
+@cache
+def _runtime() -> ctypes.CDLL:
+    """The library of the generator's that its kernels call. Loaded by its path, it is found by those that ask for it by
+    name, and nothing of the generator itself need be imported."""
+    for package in reversed(_COMPILERS):
+        try:
+            files = metadata.files(package) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == _RUNTIME and "stubs" not in file.parts:
+                return ctypes.CDLL(str(file.locate()))
+    raise JitUnavailable(f"{_RUNTIME} is in neither {' nor '.join(_COMPILERS)}; pip install 'sonicmoe[gpu]'")
 
-    path = folder / f"{kernel.key()}.o"
+
+def _open(folder: Path, kernel: GemmKernel):
+    from tvm_ffi import load_module  # a GPU machine's package; nothing else here needs it
+
+    _runtime()
+    path = folder / f"{kernel.key()}.so"
     for place in (path, path.with_suffix(".json"), folder):
         cache_safety.require_private(place)
-    return load_module(str(path), enable_tvm_ffi=True)[_FUNCTION]
+    return load_module(str(path))[_FUNCTION]
 
 
 _loaded: dict[tuple[GemmKernel, Path], object] = {}

@@ -1,13 +1,15 @@
-"""A child program: compiles GEMM kernels of ``gemm_kernel.py`` to object files, without a GPU.
+"""A child program: compiles GEMM kernels of ``gemm_kernel.py`` to shared libraries, without a GPU.
 
-    python -P quack_compile.py FOLDER < kernels.json       writes FOLDER/<key>.o for each kernel
+    python -P quack_compile.py FOLDER < kernels.json       writes FOLDER/<key>.so for each kernel
 
 It runs in a process of its own, so that the process that trains imports neither the generator nor, under Paddle, a real
-torch. Shapes are symbolic: one object serves every number of tokens, experts, and every width of the model.
+torch. Shapes are symbolic: one library serves every number of tokens, experts, and every width of the model.
 """
 
 import itertools
 import json
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,6 +18,7 @@ import quack.cache
 import quack.gemm as plain_gemm
 import quack.gemm_runtime.host as epilogue_gemm
 import torch
+from cutlass.runtime import find_runtime_libraries
 from quack import activation as act
 from quack.epilogue import frontend
 from quack.epilogue.math import pack, unpack
@@ -175,6 +178,18 @@ def _prepare_generator():
         module.get_max_active_clusters = lambda *_, **__: 1
 
 
+def _link(made: Path, library: Path) -> None:
+    """So that a process which runs the kernel needs no linker of the generator's, whose import takes a second. Triton
+    wants a C compiler too."""
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is None:
+        sys.exit("error: no C compiler to link with; install gcc")
+    command = [found, "-shared", "-Wl,-z,now", "-Wl,--no-undefined", "-o", library, made, *find_runtime_libraries()]
+    linked = subprocess.run(command, capture_output=True, text=True)
+    if linked.returncode:
+        sys.exit(f"error: {found} links no library: {(linked.stderr.strip().splitlines() or ['no word of why'])[-1]}")
+
+
 def main():
     folder = Path(sys.argv[1])
     _prepare_generator()
@@ -182,9 +197,10 @@ def main():
         kernel = types.SimpleNamespace(**record["kernel"])
         kernel.tile = types.SimpleNamespace(**kernel.tile)
         plan = _wgrad(kernel) if kernel.op == "wgrad" else _grouped_rows(kernel)
-        half = folder / f"{record['key']}.half"
-        plan.compiled_fn.export_to_c(object_file_path=str(half), function_name="gemm")
-        half.rename(half.with_suffix(".o"))  # under its name only when it is whole
+        made, half = folder / f"{record['key']}.o", folder / f"{record['key']}.half"
+        plan.compiled_fn.export_to_c(object_file_path=str(made), function_name="gemm")
+        _link(made, half)
+        half.rename(half.with_suffix(".so"))  # under its name only when it is whole
 
 
 if __name__ == "__main__":

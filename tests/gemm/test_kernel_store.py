@@ -113,10 +113,10 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "truncated": (".o", lambda path: path.write_bytes(path.read_bytes()[:-100])),
-    "empty": (".o", lambda path: path.write_bytes(b"")),
-    "one bit flipped": (".o", flip),
-    "no object": (".o", lambda path: path.unlink()),
+    "truncated": (".so", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "empty": (".so", lambda path: path.write_bytes(b"")),
+    "one bit flipped": (".so", flip),
+    "no object": (".so", lambda path: path.unlink()),
     "no record": (".json", lambda path: path.unlink()),
     "empty record": (".json", lambda path: path.write_text("")),
     "half a record": (".json", lambda path: path.write_text('{"sha256": "12')),
@@ -273,8 +273,15 @@ def test_missing_generator_is_said(store, tmp_path):
 
 
 def test_missing_loader_is_said(store):
-    shutil.rmtree(store.site / "cutlass")
+    (store.site / "tvm_ffi.py").unlink()
     assert "pip install 'sonicmoe[gpu]'" in store.refuses("up")
+
+
+def test_missing_runtime_is_said(store):
+    (record,) = store.site.glob("nvidia_cutlass_dsl_libs_cu12-*/RECORD")
+    record.write_text(record.read_text().splitlines()[0] + "\n")  # the stub for another machine is left
+    message = store.refuses("up")
+    assert message.startswith("libcute_dsl_runtime.so is in neither") and message.endswith("'sonicmoe[gpu]'")
 
 
 # ---- A cache that is not ours alone, or cannot be written ------------------------------------------------------------
@@ -286,7 +293,7 @@ def test_what_others_may_write_is_refused(store, filled, what):
     places = {
         "cache": store.cache,
         "folder of the tools": store.folder(),
-        "object": store.file("rows", ".o"),
+        "object": store.file("rows", ".so"),
         "record": store.file("rows", ".json"),
     }
     place = places[what]
@@ -339,7 +346,7 @@ def test_read_only_cache_serves_what_it_holds(someone):
 
 
 def test_read_only_cache_that_lacks_a_kernel_is_said(someone):
-    someone.file("rows", ".o").unlink()
+    someone.file("rows", ".so").unlink()
     close(someone.cache)
     assert someone.refuses(*SET) == (
         f"cannot keep GEMM kernels in {someone.cache}: Permission denied; set SONIC_MOE_CACHE_DIR to a folder with "
@@ -358,7 +365,7 @@ def test_cache_that_another_user_has_filled(someone):
 def test_read_only_mount(store, filled):
     """A real read-only file system, whose error is another one than that of a missing permission."""
     shutil.copytree(filled, store.cache)
-    store.file("rows", ".o").unlink()
+    store.file("rows", ".so").unlink()
     if subprocess.run(["mount", "--bind", store.cache, store.cache], capture_output=True).returncode:
         pytest.skip("this root may not mount")
     try:
@@ -372,7 +379,7 @@ def test_read_only_mount(store, filled):
 @pytest.mark.parametrize("function", ["os.mkdir", "io.open"])
 def test_full_disk_is_said(store, filled, function):
     shutil.copytree(filled, store.cache)
-    store.file("rows", ".o").unlink()
+    store.file("rows", ".so").unlink()
     message = store.refuses(*SET, fail=[function, "ENOSPC"])
     assert f"cannot keep GEMM kernels in {store.cache}: No space left on device; set SONIC_MOE_CACHE_DIR" in message
     store.loads(*SET)  # once there is room

@@ -91,7 +91,7 @@ def test_memory_modes_keep_every_bit(cache_dir, fp8_wgrad):
     for settings in ({}, {"fp8_recompute_z": True}, {"stagewise_memory": True}):
         plan = problem.plan(cache_dir, fp8_wgrad=fp8_wgrad, **settings)
         require_same_bits(problem.run(cache_dir, routing, plan), first)
-        weights = problem.weights(plan)
+        weights, saved = problem.weights(plan), None
         before = torch.cuda.memory_allocated()
         out, saved = expert_mlp.forward(problem.x, routing, weights, plan)
         del out

@@ -39,7 +39,7 @@ def load(ops: list[str], cache: Path) -> dict:
 
 
 def import_rest() -> None:
-    import cutlass.cute.runtime  # noqa: F401
+    import tvm_ffi  # noqa: F401
 
     kernel_store._tool_key()
 

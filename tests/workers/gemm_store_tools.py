@@ -1,6 +1,8 @@
 """What tests of the store of compiled GEMMs share: a generator that is not there, and children that ask the store."""
 
+import _ctypes
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,26 +14,29 @@ from tests.workers import jit_tools
 
 CHILD = children.WORKERS / "gemm_store_child.py"
 VERSIONS = {"quack-kernels": "0.6.5", "nvidia-cutlass-dsl": "4.8.1", "apache-tvm-ffi": "0.1.15"}
-_RUNTIME = """
+_LOADER = """
 import json
 from pathlib import Path
 
-def load_module(path, enable_tvm_ffi):
-    assert enable_tvm_ffi
+def load_module(path):
     return {"gemm": json.loads(Path(path).read_text())["answer"]}
 """
+_LIBS, _RUNTIME = "nvidia-cutlass-dsl-libs-cu12", "nvidia_cutlass_dsl/cu12/lib/libcute_dsl_runtime.so"
 
 
 def write_site(folder: Path, versions=VERSIONS) -> Path:
     """A folder for a child's path: the generator's versions, and a loader of the stub's objects."""
-    (folder / "cutlass" / "cute").mkdir(parents=True)
-    for package in ("cutlass", "cutlass/cute"):
-        (folder / package / "__init__.py").touch()
-    (folder / "cutlass" / "cute" / "runtime.py").write_text(_RUNTIME)
-    for name, version in versions.items():
+    folder.mkdir(parents=True)
+    (folder / "tvm_ffi.py").write_text(_LOADER)
+    runtime = folder / _RUNTIME
+    runtime.parent.mkdir(parents=True)
+    shutil.copy(_ctypes.__file__, runtime)  # a library that can be loaded
+    for name, version in {_LIBS: "4.8.1", **versions}.items():
         about = folder / f"{name.replace('-', '_')}-{version}.dist-info"
         about.mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        stub = _RUNTIME.replace("/lib/", "/lib/stubs/another-machine/")
+        (about / "RECORD").write_text(f"{stub},,\n{_RUNTIME},,\n" if name == _LIBS else "")
     return folder
 
 
@@ -89,9 +94,9 @@ class Store:
         return self.logged("made")
 
     def folder(self) -> Path:
-        """The one folder of the tools; fails where a build has left anything but objects and their records."""
+        """The one folder of the tools; fails where a build has left anything but libraries and their records."""
         (folder,) = (self.cache / "gemm").iterdir()
-        assert all(path.suffix in (".o", ".json") for path in folder.iterdir()), list(folder.iterdir())
+        assert all(path.suffix in (".so", ".json") for path in folder.iterdir()), list(folder.iterdir())
         return folder
 
     def file(self, op: str, suffix: str) -> Path:

@@ -34,7 +34,7 @@ def make(key: str, op: str, folder: Path) -> None:
     time.sleep(DOES.get("seconds", 0))
     half.write_text(content)
     if op != DOES.get("skip"):
-        half.rename(half.with_suffix(".o"))
+        half.rename(half.with_suffix(".so"))
     log(f"made {op}")
 
 
