@@ -117,6 +117,38 @@ def test_balance_evens_the_load():
     assert int(layer.load.sum()) == 0 and "balance_offset" in layer.state_dict()
 
 
+def test_one_rank_is_the_node():
+    """Router, node and shared expert put together by hand: the same bits, but for sums of gradients."""
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1, shared_intermediate_size=64)
+    x, dout = paddle.randn([T, H]), paddle.randn([T, H])
+    found = []
+    for by_hand in (False, True):
+        given = x.clone()
+        given.stop_gradient = False
+        if by_hand:
+            logits = paddle.matmul(given, layer.router.weight)
+            values, chosen = paddle.topk(logits, K, axis=-1)
+            counts = np.bincount(chosen.numpy().ravel(), minlength=E).tolist()
+            probs = paddle.nn.functional.softmax(values, axis=-1)
+            out = layer.node(given.astype("bfloat16"), counts, chosen, probs).astype("float32") + layer.shared(given)
+            share = paddle.to_tensor(np.array(counts, np.float32) / (T * K))
+            aux = E * (paddle.nn.functional.softmax(logits, axis=-1).mean(0) * share).sum()
+        else:
+            out, aux = layer(given)
+        paddle.autograd.backward([out, aux], [dout, paddle.to_tensor(0.5)])
+        layer.step()
+        grads = {"x": given.grad, "router": layer.router.weight.grad, "up": layer.shared.up_gate_proj.weight.grad}
+        grads |= {name: weight.main_grad for name, weight in layer.experts.named_parameters()}
+        found.append({name: np.array(tensor.numpy()) for name, tensor in ({"out": out, "aux": aux} | grads).items()})
+        layer.clear_gradients()
+        for weight in layer.experts.parameters():
+            weight.main_grad = None
+    for name, value in found[1].items():
+        exact = name == "out" or name.endswith("proj.weight")
+        error = np.linalg.norm(found[0][name] - value) / np.linalg.norm(value)
+        assert error == 0 if exact else error < 1e-6, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_recompute_dispatches_again(recompute, monkeypatch):
     seen, begin = [], AllToAll.begin_dispatch

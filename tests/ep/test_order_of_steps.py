@@ -1,4 +1,4 @@
-"""What a torch layer does when: pieces under way beside others' experts, forward and backward, and recompute."""
+"""A torch layer on one rank: what it computes, and when. Pieces under way beside others' experts, and recompute."""
 
 import pytest
 
@@ -8,7 +8,7 @@ RUNS_IN_TORCH = True
 pytestmark = pytest.mark.torch
 
 if torch:
-    from sonicmoe import SonicMoEConfig
+    from sonicmoe import MoE, SonicMoEConfig
     from sonicmoe.ep import torch_layer
     from sonicmoe.ep.communicator import Alone, Landed
     from sonicmoe.functional.autograd import ExpertCall
@@ -49,6 +49,28 @@ def run(log, n_tokens=12, **options):
     out.float().square().sum().backward()
     assert x.grad is not None and layer.c_fc.weight.grad.abs().sum() > 0
     return forward, list(log)
+
+
+def test_one_rank_is_the_moe_module():
+    """The same weights, tokens and gradients: the same bits, but for x, whose gradients are added in another order."""
+    torch.manual_seed(0)
+    layer = torch_layer.ExpertParallelMoE(**SIZES, std=0.1).bfloat16()
+    moe = MoE(4, 2, 128, 64, "swiglu", False, 0.1).bfloat16()
+    for name, weight in moe.named_parameters():
+        weight.data.copy_(layer.get_parameter(name))
+    x, dout = (torch.randn(3, 20, 128).bfloat16() for _ in range(2))
+    found = []
+    for module in (layer, moe):
+        given = x.clone().requires_grad_()
+        out, aux = module(given)
+        torch.autograd.backward([out, aux], [dout, torch.tensor(0.5)])
+        found.append({"out": out, "aux": aux, **{n: p.grad for n, p in module.named_parameters()}, "x": given.grad})
+    for name, value in found[1].items():
+        if name in ("x", "router.weight"):
+            error = (found[0][name].double() - value.double()).norm() / value.double().norm()
+            assert error < 0.005, f"{name}: {error:.1e}"
+        else:
+            assert torch.equal(found[0][name], value), name
 
 
 def kinds(events, wide=64) -> list[str]:

@@ -45,7 +45,9 @@ def launcher(framework: str, ranks: int, logs: pathlib.Path) -> list[str]:
 
 
 def _paddle_has_gpus() -> bool:
-    return any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+    import paddle
+
+    return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 
 
 def alive(pid: int) -> bool:
