@@ -2,7 +2,8 @@
 
 The K experts with the largest sum of probability and offset are chosen; scores come from the logits alone, so the
 offset has no gradient and changes no output but by the choice. After a step it grows by ``speed`` for experts with less
-than the mean load of all ranks and falls for those with more.
+than the mean load of all ranks and falls for those with more. Layers keep how many steps up it is, as an integer:
+casting a whole model to bf16 would round a float.
 """
 
 import torch
@@ -16,7 +17,7 @@ def choose(logits_TE, offset_E, k: int):
     return torch.argsort(-ranked, dim=-1, stable=True)[:, :k]
 
 
-def change(load_E, speed: float):
-    """float32 [E], from the slots that each expert got on all ranks."""
+def change(load_E):
+    """int64 [E]: a step up, down or none, from the slots that each expert got on all ranks."""
     load = load_E.to(torch.float32)
-    return torch.sign(load.mean() - load) * speed
+    return torch.sign(load.mean() - load).to(torch.int64)

@@ -113,8 +113,8 @@ class ExpertParallelMoE(nn.Layer):
         sizes = (len(self.held), self.hidden_size, intermediate_size)
         self.node = SonicMoEMlpNode(list(self.experts.children()), *sizes, activation_type=kind, config=config)
         self.load = paddle.zeros([self.num_experts], dtype="int64")
-        offset = None if balance_speed is None else paddle.zeros([self.num_experts], dtype="float32")
-        self.register_buffer("balance_offset", offset)
+        steps = None if balance_speed is None else paddle.zeros([self.num_experts], dtype="int64")
+        self.register_buffer("balance_steps", steps)
 
     def forward(self, hidden_states):
         """(out, aux_loss) for hidden_states [..., H]; all ranks call it together, a rank without tokens too.
@@ -157,7 +157,10 @@ class ExpertParallelMoE(nn.Layer):
     def _choose(self, logits):
         """(scores [T,K], experts [T,K] int32, slots of each expert from all ranks [E] int64)."""
         with paddle.no_grad():
-            chosen = balance.choose(logits, self.balance_offset, self.top_k)
+            offset = self.balance_steps
+            if offset is not None:
+                offset = offset.astype("float32") * self.balance_speed
+            chosen = balance.choose(logits, offset, self.top_k)
             counts = (chosen.reshape([-1, 1]) == paddle.arange(self.num_experts)).astype("int64").sum(axis=0)
             frequency = self.comm.sum_(counts)
         scores = F.softmax(paddle.take_along_axis(logits, chosen, axis=1), axis=-1)
@@ -193,8 +196,8 @@ class ExpertParallelMoE(nn.Layer):
         """Between the last backward and the optimizer's step: the experts' gradients go to ``main_grad``, and the
         balance offset moves by the load since the last step."""
         self.node.step()
-        if self.balance_offset is not None:
-            self.balance_offset.set_value(self.balance_offset + balance.change(self.load, self.balance_speed))
+        if self.balance_steps is not None:
+            self.balance_steps.set_value(self.balance_steps + balance.change(self.load))
         self.load = paddle.zeros_like(self.load)
 
     def replicated_parameters(self) -> list:

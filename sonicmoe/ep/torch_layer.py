@@ -107,7 +107,8 @@ class ExpertParallelMoE(nn.Module):
         if shared_intermediate_size is not None:
             self.shared = SharedExpert(self.hidden_size, shared_intermediate_size)
         self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("balance_offset", torch.zeros(self.num_experts) if balance_speed is not None else None)
+        steps = None if balance_speed is None else torch.zeros(self.num_experts, dtype=torch.int64)
+        self.register_buffer("balance_steps", steps)
         self._draw(std, seed)
 
     @torch.no_grad()
@@ -149,9 +150,10 @@ class ExpertParallelMoE(nn.Module):
         return out.reshape(hidden_states.shape), switch_loss(logits, frequency, self._config())
 
     def _choose(self, logits):
-        if self.balance_offset is None:
+        if self.balance_steps is None:
             return route_topk(logits, self.top_k, config=self._config())
-        indices = balance.choose(logits.detach(), self.balance_offset, self.top_k)
+        offset = self.balance_steps.to(torch.float32) * self.balance_speed
+        indices = balance.choose(logits.detach(), offset, self.top_k)
         return torch.softmax(logits.to(torch.float32).gather(1, indices), dim=-1), indices.to(torch.int32)
 
     def _routed(self, x, probs, indices):
@@ -176,8 +178,8 @@ class ExpertParallelMoE(nn.Module):
 
     def step(self) -> None:
         """Between the last backward and the optimizer's step: moves the balance offset by the load since the last."""
-        if self.balance_offset is not None:
-            self.balance_offset += balance.change(self.load, self.balance_speed)
+        if self.balance_steps is not None:
+            self.balance_steps += balance.change(self.load)
         self.load.zero_()
 
     def replicated_parameters(self) -> list:

@@ -98,7 +98,7 @@ def test_balance_changes_the_choice_and_nothing_else():
     assert balance.choose(logits, None, 2).tolist() == [[0, 1], [0, 1]]
     away = paddle.to_tensor(np.array([-1.0, 0.0, 0.0, 0.5], np.float32))
     assert balance.choose(logits, away, 2).tolist() == [[3, 1], [3, 1]]
-    assert balance.change(paddle.to_tensor([9, 3, 6, 6]), 0.5).tolist() == [-0.5, 0.5, 0.0, 0.0]
+    assert balance.change(paddle.to_tensor([9, 3, 6, 6])).tolist() == [-1, 1, 0, 0]
 
 
 def test_balance_evens_the_load():
@@ -114,7 +114,10 @@ def test_balance_evens_the_load():
         layer.step()
     late = np.mean(loads[-10:], axis=0)
     assert loads[0].max() > 1.5 and late.max() < 1.2 and late.min() > 0.8, (loads[0], late)
-    assert int(layer.load.sum()) == 0 and "balance_offset" in layer.state_dict()
+    assert int(layer.load.sum()) == 0 and "balance_steps" in layer.state_dict()
+    steps = layer.balance_steps.tolist()
+    layer.bfloat16()
+    assert layer.balance_steps.tolist() == steps and max(map(abs, steps)) > 3
 
 
 def test_one_rank_is_the_node():

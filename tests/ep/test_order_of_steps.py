@@ -73,6 +73,20 @@ def test_one_rank_is_the_moe_module():
             assert torch.equal(found[0][name], value), name
 
 
+def test_balance_survives_a_cast_of_the_model():
+    layer = torch_layer.ExpertParallelMoE(**SIZES, balance_speed=0.001)
+    x = torch.randn(1, 128) + 0.3 * torch.randn(64, 128)
+    for step in range(5):
+        layer(x)
+        if step == 2:
+            layer.bfloat16()
+            x = x.bfloat16()
+        layer.step()
+    assert layer.balance_steps.dtype == torch.int64 and layer.balance_steps.abs().max() == 5
+    assert layer.state_dict()["balance_steps"].tolist() == layer.balance_steps.tolist()
+    assert int(layer.load.sum()) == 0
+
+
 def kinds(events, wide=64) -> list[str]:
     """Only the tokens' rows, 64 words wide in bf16, not what rides beside them."""
     return [event[0] for event in events if len(event) == 1 or event[1][1] == wide]

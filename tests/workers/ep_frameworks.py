@@ -180,9 +180,9 @@ class Paddle(_Framework):
         self.dist.all_reduce(total)
         return float(total[0])
 
-    def steer(self, layer, offset):
-        if offset is not None:
-            layer.balance_offset.set_value(self.tensor(np.array(offset, np.float32), "float32"))
+    def steer(self, layer, steps):
+        if steps is not None:
+            layer.balance_steps.set_value(self.paddle.to_tensor(steps))
 
     def set_value(self, weight, values):
         weight.set_value(self.tensor(values, weight.dtype))
@@ -266,9 +266,9 @@ class Torch(_Framework):
         self.dist.all_reduce(total)
         return float(total[0])
 
-    def steer(self, layer, offset):
-        if offset is not None:
-            layer.balance_offset.copy_(self.torch.tensor(offset))
+    def steer(self, layer, steps):
+        if steps is not None:
+            layer.balance_steps.copy_(self.torch.tensor(steps))
 
     def set_value(self, weight, values):
         weight.data.copy_(self.tensor(values, weight.dtype))
