@@ -1,8 +1,9 @@
 # Each target but test-gpu and bench sets up what it needs in .venv first, and reuses it the next time.
-.PHONY: help demo test test-fast test-gpu bench lint hooks
+.PHONY: help demo demo-ep test test-fast test-gpu bench lint hooks
 
 help:
 	@echo "make demo       train a small MoE language model, BF16 beside FP8 (options: make demo ARGS=--help)"
+	@echo "make demo-ep    the same model with its experts on two CPU ranks (ARGS=--help likewise)"
 	@echo "make test       the whole suite"
 	@echo "make test-fast  lint and the quick tests"
 	@echo "make test-gpu   what only a GPU shows, in the environment of $${PYTHON:-python3}, which has torch with CUDA"
@@ -13,6 +14,12 @@ help:
 demo:
 	@bash tools/ci/ensure_env.sh
 	.venv/bin/python examples/train_ernie_moe.py $(ARGS)
+
+# A clean environment: variables of a cluster's scheduler make Paddle's launcher wait for other machines.
+demo-ep:
+	@bash tools/ci/ensure_env.sh
+	env -i PATH="$$PATH" HOME="$$HOME" OMP_NUM_THREADS=1 .venv/bin/python -m paddle.distributed.launch \
+		--nproc_per_node 2 --backend gloo --host 127.0.0.1 --log_dir build/demo-ep examples/train_ernie_moe_ep.py $(ARGS)
 
 test:
 	@bash tools/ci/run_core_tests.sh

@@ -25,5 +25,7 @@ CAPABILITIES = frozenset(
         "wgrad_deferral",
         "weight_layout_fusion",
         "dispatch_ids_at_or_above_E",
+        "gemm_multiprocessors",
+        "expert_parallel",
     }
 )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def _check_clamp(value: Any) -> float | None:
     return clamp
 
 
+def _check_multiprocessors(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError
+    if value < 2:  # a cluster is two of them
+        raise ValueError
+    return int(value)
+
+
 def _listing(words: list[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
@@ -117,6 +127,7 @@ _BOOL = Domain(value="True or False", text="0, 1, true, false, on or off", check
 _PATH = "a path (~ only for a home that exists)"
 _DIRECTORY = Domain(value=_PATH, text=_PATH, check=_check_directory)
 _CLAMP = Domain(value="None or a finite number above 0", text="", check=_check_clamp)
+_MULTIPROCESSORS = Domain(value="None or an integer of at least 2", text="", check=_check_multiprocessors)
 _BLOCKSCALED = _one_of("fp8-blockscaled")
 _NOTHING = Domain(value="nothing", text="no value", check=_refuse)
 
@@ -221,6 +232,8 @@ ARGUMENTS: tuple[Flag, ...] = (
          "Round fp32 block scales up to a power of two."),
     Flag(None, "swiglu_clamp", _CLAMP, None,
          "Bound on the inputs of SwiGLU; None is no bound."),
+    Flag(None, "gemm_multiprocessors", _MULTIPROCESSORS, None,
+         "At most so many multiprocessors for the experts' GEMMs, so that communication keeps some; None is all."),
     Flag(None, "backend", _one_of("auto", "naive"), "auto",
          "`naive` computes with ordinary framework operators, on any device."),
     Flag(None, "metadata_backend", _one_of("auto", "naive", "host", "triton", "cuda"), "auto",
@@ -298,6 +311,7 @@ class SonicMoEConfig(HashedOnce):
     fp8_recipe: str
     fp8_pow2_scale: bool
     swiglu_clamp: float | None
+    gemm_multiprocessors: int | None
     backend: str
     metadata_backend: str
 

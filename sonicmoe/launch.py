@@ -50,9 +50,10 @@ def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def multiprocessors(tensor) -> int:
-    """How many the tensor's device has: a persistent kernel starts so many blocks."""
-    return _multiprocessors(tensor.device.index)
+def multiprocessors(tensor, most: int | None = None) -> int:
+    """How many the tensor's device has, or ``most``: a persistent kernel starts so many blocks."""
+    there = _multiprocessors(tensor.device.index)
+    return there if most is None else min(there, most)
 
 
 def cut(whole, sizes: list[int]) -> list:

@@ -63,6 +63,7 @@ FIELDS = {
     "fp8_recipe": ("auto", "sm100"),
     "fp8_pow2_scale": (False, True),
     "swiglu_clamp": (None, 7.0),
+    "gemm_multiprocessors": (None, 100),
     "backend": ("auto", "naive"),
     "metadata_backend": ("auto", "host"),
 }
@@ -264,6 +265,8 @@ class Mode(StrEnum):
         *(("metadata_backend", value, ValueError) for value in ["cpu", "numpy", None]),
         *(("swiglu_clamp", value, ValueError) for value in [0, 0.0, -0.0, -1.0, math.inf, -math.inf, math.nan]),
         ("swiglu_clamp", 10**400, ValueError),
+        *(("gemm_multiprocessors", value, ValueError) for value in [1, 0, -4]),
+        *(("gemm_multiprocessors", value, TypeError) for value in [True, "100", 100.0]),
         *(("swiglu_clamp", value, TypeError) for value in [True, False, "7", 1j, [7.0]]),
         *(("cache_dir", value, TypeError) for value in [None, 3, b"/x", True]),
         *(("cache_dir", value, ValueError) for value in ["", "~no-such-user-here/x"]),

@@ -128,16 +128,35 @@ class MoE(nn.Layer):
         return out_TH.astype("float32").reshape(x_BSH.shape), balance_loss, tokens_per_expert
 
 
+class ExpertParallelBlock(nn.Layer):
+    """Router and experts, these spread over the ranks of the job: the same results as ``MoE``."""
+
+    def __init__(self, config: ModelConfig, seed: int):
+        super().__init__()
+        from sonicmoe.ep.paddle_layer import ExpertParallelMoE
+
+        sizes = (config.experts, config.topk, config.hidden, config.intermediate)
+        self.run = ExpertParallelMoE(*sizes, std=1.0 / math.sqrt(config.hidden), seed=seed)
+
+    def forward(self, x_BSH):
+        before_E = self.run.load
+        out_BSH, balance_loss = self.run(x_BSH)
+        return out_BSH, balance_loss, (self.run.load - before_E).tolist()
+
+
 class Block(nn.Layer):
     """Attention and an MLP, dense or MoE, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, is_moe: bool):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        is_moe = layer > 0
         gain = 1.0 / math.sqrt(2 * config.layers)  # keeps the residual sum of 2 * layers branches near 1
         self.attention_norm, self.mlp_norm = RMSNorm(config.hidden), RMSNorm(config.hidden)
         self.attention = Attention(config, gain)
         self.is_moe = is_moe
-        if is_moe:
+        if is_moe and config.kind == "expert parallel":
+            self.mlp = ExpertParallelBlock(config, seed=layer)
+        elif is_moe:
             self.mlp = MoE(config, gain)
         else:  # as wide as the K experts that a token meets in the other layers
             self.mlp = GatedMLP(config.hidden, config.topk * config.intermediate, gain)
@@ -162,7 +181,7 @@ class ErnieMoELM(nn.Layer):
         self.embedding = nn.Embedding(
             config.vocabulary, config.hidden, weight_attr=paddle.ParamAttr(initializer=initializer)
         )
-        self.blocks = nn.LayerList([Block(config, is_moe=layer > 0) for layer in range(config.layers)])
+        self.blocks = nn.LayerList([Block(config, layer) for layer in range(config.layers)])
         self.norm = RMSNorm(config.hidden)
         self.head = init_linear(config.hidden, config.vocabulary)
 

@@ -53,8 +53,12 @@ def ensure() -> None:
             "sonicmoe: its kernels are already loaded on real torch in this process, and one process runs one "
             "framework; import sonicmoe.ernie_compat before anything of sonicmoe that runs on torch"
         )
-    if loaded:
-        return
+    if not loaded:
+        cover(root)
+
+
+def cover(root: str) -> None:
+    """Switch the proxy on for the package under this name, which may be one that a caller gave it later."""
     enable = _enabler()
     if _covers(root):
         return

@@ -38,7 +38,12 @@ def apply_experts(x, scores, w1_EFH, w2_EHI, routing: Routing, plan: Plan, infer
     inputs = (x, scores, w1_EFH, w2_EHI)
     if torch.is_grad_enabled() and not inference and any(tensor.requires_grad for tensor in inputs):
         return _Experts.apply(*inputs, routing, plan)
-    with torch.no_grad(), without_autocast(x):
+    return inference_experts(x, w1_EFH, w2_EHI, routing, plan)
+
+
+def inference_experts(x, w1_EFH, w2_EHI, routing: Routing, plan: Plan):
+    """out [T,H] of x, a tensor or an FP8 payload, and nothing for a backward."""
+    with torch.no_grad(), without_autocast(w1_EFH):
         return engine_forward(x, routing, _engine_weights(w1_EFH, w2_EHI, plan)[0], plan, keep=False)[0]
 
 
@@ -103,10 +108,11 @@ class ExpertCall:
             if need2:
                 dw2 = _weight_grad("w2", w2, self.owner2, _into_dw2, wgrad)
 
+        if not isinstance(dout, QuantTensor):
+            dout = dout.contiguous()
         grads = engine_backward(
-            saved, dout.contiguous(), need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2,
-            deliver_dw2=deliver_dw2,
-        )  # fmt: skip
+            saved, dout, need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2, deliver_dw2=deliver_dw2
+        )
         dw1 = _weight_grad("w1", w1, self.owner1, _into_dw1, grads.wgrad) if need1 else None
         return grads.dx, grads.ds, dw1, dw2
 

@@ -20,6 +20,7 @@ _SWIZZLE = 8  # how many tiles of rows share their columns before the next colum
 class Loaded:
     kernel: GemmKernel
     run: Callable
+    multiprocessors: int | None = None  # at most so many; None is all
 
 
 @cache
@@ -28,7 +29,7 @@ def _schedule(blocks: int, cluster: int):
 
 
 def _launch(gemm: Loaded, a, b, d, c, epilogue, segments):
-    schedule = _schedule(multiprocessors(d), gemm.kernel.tile.cluster)
+    schedule = _schedule(multiprocessors(d, gemm.multiprocessors), gemm.kernel.tile.cluster)
     gemm.run(a, b, d, c, epilogue, schedule, segments, None, None)
 
 

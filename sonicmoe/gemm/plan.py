@@ -23,6 +23,7 @@ class Plan(HashedOnce):
     device: str
     backend: str
     cache_dir: Path  # where compiled kernels are kept
+    multiprocessors: int | None  # at most so many for a GEMM; None is all
 
     __hash__ = HashedOnce.__hash__
 
@@ -76,6 +77,7 @@ def _plan(config, kind: ActivationType, storage: str, device: str, arch: str | N
         device=device,
         backend=_backend(config, recipe, kind, storage, device, arch),
         cache_dir=config.cache_dir,
+        multiprocessors=config.gemm_multiprocessors,
     )
 
 

@@ -72,7 +72,7 @@ def _wanted(plan: Plan) -> list[GemmKernel]:
 def kernels(plan: Plan) -> _Set:
     chosen, wanted = _chosen(plan), _wanted(plan)
     run = dict(zip(wanted, kernel_store.load(wanted, plan.cache_dir), strict=True))
-    return _Set(**{name: Loaded(kernel, run[kernel]) for name, kernel in chosen.items()})
+    return _Set(**{name: Loaded(kernel, run[kernel], plan.multiprocessors) for name, kernel in chosen.items()})
 
 
 def _wgrad_kernels(storage: str) -> dict:
@@ -81,10 +81,11 @@ def _wgrad_kernels(storage: str) -> dict:
 
 
 @cache
-def wgrads(storage: str, cache_dir) -> dict:
+def wgrads(storage: str, cache_dir, most: int | None = None) -> dict:
+    """``most``: how many multiprocessors they take at most."""
     wanted = _wgrad_kernels(storage)
     found = kernel_store.load(list(wanted.values()), cache_dir)
-    return {key: Loaded(kernel, run) for (key, kernel), run in zip(wanted.items(), found, strict=True)}
+    return {key: Loaded(kernel, run, most) for (key, kernel), run in zip(wanted.items(), found, strict=True)}
 
 
 def build_ahead(plan: Plan, arch: str) -> None:
@@ -189,7 +190,7 @@ def _wgrad(left_TC, right_MN, target_ECN, transposed, routing, plan, overwrite: 
         return
     dtype = checks.dtype_name(target_ECN)
     out = None if dtype == plan.storage else dtype
-    gemm = wgrads(storage=plan.storage, cache_dir=plan.cache_dir).get((transposed, out, not overwrite))
+    gemm = wgrads(plan.storage, plan.cache_dir, plan.multiprocessors).get((transposed, out, not overwrite))
     if gemm is None:
         raise TypeError(
             f"weight gradient: got a {dtype} tensor to {'fill' if overwrite else 'add to'}, need "

@@ -91,12 +91,12 @@ def _token_major_like(columns: int, n_rows: int, like) -> TokenMajor:
     return TokenMajor(_bytes([columns, n_rows], like), _floats([n_rows // FP8_ROW_BLOCK, columns], like))
 
 
-def _problem(module, a, b, routing, width: int, depth: int, first: int = 0):
+def _problem(module, plan: Plan, a, b, routing, width: int, depth: int, first: int = 0):
     """``first``: of each expert's rows of ``b``, where the problem's begin."""
     b_data, b_scale = address(b.data) + first * depth, address(b.scale) + first * depth // FP8_ROW_BLOCK**2 * 4
     return module.Problem(
         address(a.data), address(a.scale), b_data, b_scale, address(routing.expert_offset),
-        routing.n_rows, routing.n_experts, width, depth, multiprocessors(a.data),
+        routing.n_rows, routing.n_experts, width, depth, multiprocessors(a.data, plan.multiprocessors),
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def up_projection(x_rows, weights, routing, plan, need_a, out=None):
     a = _rows_like(routing.n_rows, weights.intermediate_size, like) if need_a else None
     if routing.n_rows:
         module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, x_rows, weights.fp8.w1, routing, width, weights.hidden_size)
+        problem = _problem(module, plan, x_rows, weights.fp8.w1, routing, width, weights.hidden_size)
         found = (z.data, z.scale, a.data, a.scale) if need_a else (z.data, z.scale, None, None)
         tokens, stream = _tokens(module, routing), current_stream(like)
         module.up(problem, tokens, *map(address, found), _clamp(plan), plan.recipe.pow2, stream)
@@ -136,7 +136,7 @@ def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out
     y = _storage([routing.n_rows, width], like, plan) if out is None else out
     if routing.n_rows:
         module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, rows, weight, routing, width, depth, first)
+        problem = _problem(module, plan, rows, weight, routing, width, depth, first)
         half, stream = plan.storage == "float16", current_stream(like)
         module.rows(problem, int(weight.data.shape[1]), address(y), half, stream)
     return y
@@ -197,7 +197,7 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
         operands = (dz, None, pa, None)
     if n_rows:
         module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, dout_rows, weights.fp8.w2_t, routing, width, weights.hidden_size)
+        problem = _problem(module, plan, dout_rows, weights.fp8.w2_t, routing, width, weights.hidden_size)
         found = map(address, (z.data, z.scale, rows.data, rows.scale, *operands, parts))
         half = plan.storage == "float16"
         tokens, stream = _tokens(module, routing), current_stream(like)
@@ -216,7 +216,7 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
         raise TypeError(f"weight gradient: got a {kind} tensor to add to, need float32")
     module = _module(arch(target), plan.cache_dir)
     height, width = int(left.data.shape[0]), int(right.data.shape[0])
-    problem = _problem(module, left, right, routing, width, 0)
+    problem = _problem(module, plan, left, right, routing, width, 0)
     wide, half = kind == "float32", kind == "float16"
     place = int(target.shape[2]), address(target) + first * (4 if wide else 2)
     module.wgrad(problem, height, *place, wide, half, not overwrite, current_stream(target))

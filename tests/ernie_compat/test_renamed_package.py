@@ -44,6 +44,17 @@ def use(node_class, run_sonic_moe):
 """
 
 
+USE_EP = """
+def use_ep(layer_class):
+    layer = layer_class(4, 2, 128, 128, fp8_dispatch=True)
+    out, balance = layer(paddle.randn([6, 128]))
+    (out.sum() + balance).backward()
+    layer.step()
+    assert float(layer.router.weight.grad.abs().sum()) > 0
+    assert "torch" not in sys.modules or sys.modules["torch"].Tensor is paddle.Tensor
+"""
+
+
 @pytest.fixture
 def elsewhere(tmp_path):
     """A folder with a parent package that ships this one inside; the repository itself is not on the child's path."""
@@ -61,9 +72,11 @@ def test_as_a_subpackage(elsewhere):
         use(sonicmoe.SonicMoEMlpNode, sonicmoe.run_sonic_moe)
         import fleet_ops_like.sonicmoe.functional, fleet_ops_like.sonicmoe.enums
         from fleet_ops_like.sonicmoe.ernie_compat.deepep_metadata import deepep_topk_to_sonic_metadata
+        from fleet_ops_like.sonicmoe.ep.paddle_layer import ExpertParallelMoE
+        use_ep(ExpertParallelMoE)
         assert not [name for name in sys.modules if name == "sonicmoe" or name.startswith("sonicmoe.")]
     """
-    child(USE + textwrap.dedent(use), elsewhere)
+    child(USE + USE_EP + textwrap.dedent(use), elsewhere)
 
 
 # As PaddleFleet installs an ecosystem library: imported at top level, then moved below a name of its own.
@@ -106,6 +119,9 @@ def test_moved_to_another_name_after_import(loaded, still_there, elsewhere):
         assert moved.SonicMoEMlpNode is SonicMoEMlpNode and moved.run_sonic_moe is run_sonic_moe
         assert moved.ActivationType is ActivationType
         use(SonicMoEMlpNode, run_sonic_moe)
+        if {still_there}:
+            from fleet_ops.sonicmoe.ep.paddle_layer import ExpertParallelMoE
+            use_ep(ExpertParallelMoE)
         assert not [name for name in sys.modules if name == "sonicmoe" or name.startswith("sonicmoe.")]
     """
-    child(USE + RENAME + textwrap.dedent(use))
+    child(USE + USE_EP + RENAME + textwrap.dedent(use))

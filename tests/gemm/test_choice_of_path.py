@@ -188,6 +188,14 @@ def test_whole_engine_with_a_clamp_and_main_grad_in_grouped_layout(hopper):
     assert oracle.error(problem.naive()["out"], reference["out"]) > 0.01  # the clamp did hold something
 
 
+@pytest.mark.parametrize("most, taken", [(20, 20), (2, 2), (1000, 132)])
+def test_no_gemm_takes_more_multiprocessors_than_it_may(hopper, log, most, taken):
+    """The stubs refuse a launch of any other number of blocks."""
+    log.multiprocessors, problem = taken, Problem(skewed=True)
+    oracle.assert_close(problem.run(hopper(gemm_multiprocessors=most)), problem.naive(), ORDER_OF_SUMS)
+    assert set(log.names()) >= {"up", "rows", "down_backward", "wgrad"}
+
+
 # ---- Which kernels, in which order, on what --------------------------------------------------------------------------
 
 

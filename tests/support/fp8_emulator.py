@@ -67,6 +67,6 @@ def install(monkeypatch, module, clusters: int) -> None:
     monkeypatch.setattr(sm90_fp8, "_module", lambda target, cache_dir: module)
     monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
-    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor: 2 * clusters)
+    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: min(2 * clusters, most or 2 * clusters))
     monkeypatch.setattr(sm90_fp8, "triton_quantize", SimpleNamespace(quantize_tokens=quantize_tokens))
     monkeypatch.setattr(sm90_bf16, "combine", lambda: Combine)

@@ -38,6 +38,7 @@ class Launch:
 class Log:
     launches: list[Launch] = field(default_factory=list)
     loads: list[list[GemmKernel]] = field(default_factory=list)
+    multiprocessors: int = MULTIPROCESSORS  # that a launch should take
 
     def names(self) -> list[str]:
         return [launch.name for launch in self.launches]
@@ -115,7 +116,7 @@ class Stub:
 
     def __call__(self, a, b, d, c, epilogue, schedule, segments, *scale_factors):
         require(scale_factors == (None, None), f"scale factors {scale_factors}")
-        blocks = MULTIPROCESSORS // self.kernel.tile.cluster
+        blocks = self.log.multiprocessors // self.kernel.tile.cluster
         require(schedule == (blocks, None, 8, None, None, None), f"schedule {schedule}")
         offsets_rows, offsets_sum, gather, permute = segments
         require(permute is None, "batches are in order")

@@ -1,0 +1,95 @@
+"""One dispatch with its combine, and their gradients: what the tapes of both frameworks call.
+
+    begin_dispatch, finish_dispatch  [experts]  begin_combine, finish_combine
+    and backward:  finish_combine, begin_combine  [experts]  finish_dispatch, begin_dispatch
+
+Backward goes through the same four places in the other order, and there, too, the first of two begins to send and the
+second waits. So whatever the tape puts between the two runs beside the exchange, in either direction.
+"""
+
+from dataclasses import dataclass
+
+from .. import checks
+from ..quant.api import quantize_rows
+from ..quant.formats import Recipe, make_recipe
+from .transport import Dispatched
+
+# What Hopper's kernels take as it comes: float32 scales for 128 channels. DeepEP has the same.
+PAYLOAD_RECIPE: Recipe = make_recipe("sm90")
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How rows travel. FP8 is e4m3 with a scale for each 128 channels; outputs and dx always come in x's own type."""
+
+    fp8_dispatch: bool = False
+    fp8_combine_grad: bool = False
+
+    def check(self, hidden: int) -> None:
+        for name in ("fp8_dispatch", "fp8_combine_grad"):
+            if getattr(self, name) and hidden % checks.FP8_ALIGN:
+                raise ValueError(f"{name}: got True with {hidden} channels, need a multiple of {checks.FP8_ALIGN}")
+
+
+class EpCall:
+    def __init__(self, transport, indices, n_experts: int, wire: Wire, need_dx: bool, need_ds: bool):
+        self.transport, self.indices, self.n_experts, self.wire = transport, indices, n_experts, wire
+        self.need_dx, self.need_ds = need_dx, need_ds
+        self.combine_grad_handle = {} if wire.fp8_combine_grad else None
+        self.layout = self.counts = self.local_indices = self.payload = None
+        self._wait = None
+
+    def _begin(self, wait) -> None:
+        self._wait = wait
+
+    def _finish(self):
+        wait, self._wait = self._wait, None
+        return wait()
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def begin_dispatch(self, x, probs) -> None:
+        rows = quantize_rows(x, PAYLOAD_RECIPE) if self.wire.fp8_dispatch else x
+        self._begin(self.transport.begin_dispatch(rows, self.indices, probs, self.n_experts))
+
+    def finish_dispatch(self):
+        """(x [N,H] or None where it is ``payload``, probs [N,K])."""
+        found: Dispatched = self._finish()
+        self.layout, self.counts, self.local_indices = found.layout, found.counts, found.indices
+        if not self.wire.fp8_dispatch:
+            return found.x, found.probs
+        self.payload = found.x
+        return None, found.probs
+
+    def take_payload(self):
+        """What an FP8 dispatch brought, or None; once, so that it goes when its user lets go of it."""
+        payload, self.payload = self.payload, None
+        return payload
+
+    def begin_combine(self, y) -> None:
+        self._begin(self.transport.begin_combine(y, self.layout))
+
+    def finish_combine(self):
+        return self._finish()[0]
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def begin_combine_gradient(self, dout) -> None:
+        rows = quantize_rows(dout, PAYLOAD_RECIPE) if self.wire.fp8_combine_grad else dout
+        self._begin(self.transport.begin_dispatch_again(rows, self.layout))
+
+    def finish_combine_gradient(self):
+        """The gradient of y [N,H]; None where it went into ``combine_grad_handle``, as e4m3 with scales."""
+        found = self._finish()
+        if not self.wire.fp8_combine_grad:
+            return found
+        self.combine_grad_handle.update(data=found.data, scale=found.scale)
+        return None
+
+    def begin_dispatch_gradient(self, dx, ds) -> None:
+        self._begin(self.transport.begin_combine(dx, self.layout, ds))
+
+    def finish_dispatch_gradient(self):
+        """(dx [T,H] or None, ds [T,K] or None)."""
+        dx, ds = self._finish()
+        return dx if self.need_dx else None, ds if self.need_ds else None

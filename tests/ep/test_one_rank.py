@@ -1,0 +1,263 @@
+"""What needs no second rank: waits, bytes on the way, balance, checkpoints, callers' mistakes."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+# First: it makes `import torch` mean Paddle in the rest.
+from sonicmoe.ep import paddle_layer  # isort: skip
+from sonicmoe.ep import balance, checkpoint, layout, paddle_communicator, paddle_tape, words
+from sonicmoe.ep.call import Wire
+from sonicmoe.ep.communicator import Alone
+from sonicmoe.ep.transport import AllToAll
+
+T, K, E, H = 24, 2, 4, 128
+SIZES = dict(num_experts=E, num_experts_per_tok=K, hidden_size=H, intermediate_size=64)
+
+
+class Counting(Alone):
+    """Notes the bytes of each exchange."""
+
+    def __init__(self):
+        self.sent = []
+
+    def begin_exchange(self, rows, sent, received):
+        self.sent.append(int(np.prod(rows.shape)) * 4)
+        return super().begin_exchange(rows, sent, received)
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    indices = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
+    x = paddle.to_tensor(rng.standard_normal((T, H)).astype(np.float32)).astype("bfloat16")
+    probs = paddle.to_tensor(rng.random((T, K)).astype(np.float32))
+    x.stop_gradient = probs.stop_gradient = False
+    return x, paddle.to_tensor(indices), probs
+
+
+def there_and_back(comm, wire):
+    x, indices, probs = problem()
+    call = paddle_tape.open_call(indices, x, probs, E, AllToAll(comm), wire)
+    rows, row_probs = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
+    y = (rows.astype("float32") * 0 + row_probs.sum(-1, keepdim=True)).astype("bfloat16")
+    out = paddle_tape.finish_combine(paddle_tape.begin_combine(y, call), call)
+    out.backward(paddle.ones_like(out))
+
+
+def test_fp8_halves_what_travels_as_fp8_and_no_more():
+    beside, wide, narrow, scales = 8 * K * T, 2 * H * T, H * T, 4 * (H // 128) * T
+    expected = {
+        # rows and what rides beside them; outputs; their gradients; dx and the scores' gradients
+        Wire(): [wide, beside, wide, wide, wide, 4 * K * T],
+        Wire(fp8_dispatch=True): [narrow, beside + scales, wide, wide, wide, 4 * K * T],
+        Wire(fp8_combine_grad=True): [wide, beside, wide, narrow, scales, wide, 4 * K * T],
+    }
+    for wire, sent in expected.items():
+        comm = Counting()
+        there_and_back(comm, wire)
+        assert comm.sent == sent, wire
+
+
+def test_a_dispatch_waits_for_the_device_once(monkeypatch):
+    _, indices, _ = problem()
+    waits = []
+    for name in ("tolist", "numpy", "item", "__int__", "__bool__", "__float__", "__len__", "__index__"):
+        original = getattr(paddle.Tensor, name)
+
+        def seen(self, *args, _name=name, _original=original, **kwargs):
+            waits.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(paddle.Tensor, name, seen)
+    layout.make_layout(indices, E, Alone())
+    assert waits[0] == "tolist" and set(waits[1:]) <= {"numpy"} and len(waits) <= 2  # Paddle's tolist calls numpy
+
+
+def values_of(tensor):
+    return tensor.astype("float32").numpy()
+
+
+def test_words_are_the_same_bytes():
+    values = np.arange(6 * 128, dtype=np.float32).reshape(6, 128)
+    for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
+        given = paddle.to_tensor(values).astype(dtype)
+        sent = words.to_words(given)
+        assert sent.dtype == paddle.int32 and sent.shape == [6, words.words_in(128, dtype)]
+        back = words.from_words(sent, dtype)
+        np.testing.assert_array_equal(values_of(back), values_of(given))
+        # A slice, which lies within other memory.
+        np.testing.assert_array_equal(words.to_words(given[2:5]).numpy(), sent.numpy()[2:5])
+        empty = words.from_words(words.to_words(given[:0]), dtype)
+        assert empty.shape == [0, 128] and empty.dtype == given.dtype
+
+
+def test_balance_changes_the_choice_and_nothing_else():
+    logits = paddle.to_tensor(np.array([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]], np.float32))
+    assert balance.choose(logits, None, 2).tolist() == [[0, 1], [0, 1]]
+    away = paddle.to_tensor(np.array([-1.0, 0.0, 0.0, 0.5], np.float32))
+    assert balance.choose(logits, away, 2).tolist() == [[3, 1], [3, 1]]
+    assert balance.change(paddle.to_tensor([9, 3, 6, 6])).tolist() == [-1, 1, 0, 0]
+
+
+def test_balance_evens_the_load():
+    """Tokens have much in common: without an offset some experts would take most of them."""
+    paddle.seed(0)
+    x = paddle.randn([1, H]) * 2 + paddle.randn([256, H])
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.05, balance_speed=0.01)
+    loads = []
+    for _ in range(60):
+        with paddle.no_grad():
+            layer(x)
+        loads.append(layer.load.numpy() / (256 * K / E))
+        layer.step()
+    late = np.mean(loads[-10:], axis=0)
+    assert loads[0].max() > 1.5 and late.max() < 1.2 and late.min() > 0.8, (loads[0], late)
+    assert int(layer.load.sum()) == 0 and "balance_steps" in layer.state_dict()
+    steps = layer.balance_steps.tolist()
+    layer.bfloat16()
+    assert layer.balance_steps.tolist() == steps and max(map(abs, steps)) > 3
+
+
+def test_one_rank_is_the_node():
+    """Router, node and shared expert put together by hand: the same bits, but for sums of gradients."""
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1, shared_intermediate_size=64)
+    x, dout = paddle.randn([T, H]), paddle.randn([T, H])
+    found = []
+    for by_hand in (False, True):
+        given = x.clone()
+        given.stop_gradient = False
+        if by_hand:
+            logits = paddle.matmul(given, layer.router.weight)
+            values, chosen = paddle.topk(logits, K, axis=-1)
+            counts = np.bincount(chosen.numpy().ravel(), minlength=E).tolist()
+            probs = paddle.nn.functional.softmax(values, axis=-1)
+            out = layer.node(given.astype("bfloat16"), counts, chosen, probs).astype("float32") + layer.shared(given)
+            share = paddle.to_tensor(np.array(counts, np.float32) / (T * K))
+            aux = E * (paddle.nn.functional.softmax(logits, axis=-1).mean(0) * share).sum()
+        else:
+            out, aux = layer(given)
+        paddle.autograd.backward([out, aux], [dout, paddle.to_tensor(0.5)])
+        layer.step()
+        grads = {"x": given.grad, "router": layer.router.weight.grad, "up": layer.shared.up_gate_proj.weight.grad}
+        grads |= {name: weight.main_grad for name, weight in layer.experts.named_parameters()}
+        found.append({name: np.array(tensor.numpy()) for name, tensor in ({"out": out, "aux": aux} | grads).items()})
+        layer.clear_gradients()
+        for weight in layer.experts.parameters():
+            weight.main_grad = None
+    for name, value in found[1].items():
+        exact = name == "out" or name.endswith("proj.weight")
+        error = np.linalg.norm(found[0][name] - value) / np.linalg.norm(value)
+        assert error == 0 if exact else error < 1e-6, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_dispatches_again(recompute, monkeypatch):
+    seen, begin = [], AllToAll.begin_dispatch
+    monkeypatch.setattr(AllToAll, "begin_dispatch", lambda self, *args: seen.append(1) or begin(self, *args))
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, recompute=recompute)
+    out, _ = layer(paddle.randn([T, H]))
+    assert len(seen) == 1
+    out.sum().backward()
+    assert len(seen) == 1 + recompute
+
+
+@pytest.mark.parametrize("frozen", ["router", "experts"])
+def test_frozen_parts(frozen):
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1)
+    for weight in [layer.router.weight] if frozen == "router" else layer.experts.parameters():
+        weight.stop_gradient = True
+    (layer(paddle.randn([T, H]))[0] ** 2).mean().backward()
+    layer.step()
+    assert (layer.router.weight.grad is None) == (frozen == "router")
+    grads = [getattr(weight, "main_grad", None) for weight in layer.experts.parameters()]
+    assert all((grad is None) == (frozen == "experts") for grad in grads)
+
+
+def test_a_layer_without_gradients_keeps_nothing():
+    layer = paddle_layer.ExpertParallelMoE(**SIZES)
+    x = paddle.randn([T, H])
+    out, aux = layer(x)
+    with paddle.no_grad():
+        again, _ = layer(x)
+    np.testing.assert_array_equal(again.numpy(), out.numpy())
+    assert again.stop_gradient and not out.stop_gradient and aux.shape == []
+    assert layer(x.reshape([4, 6, H]))[0].shape == [4, 6, H]
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class RankOf(Alone):
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+def save_all(folder, ranks, n_experts=8):
+    files = checkpoint.paddle_files()
+    held = n_experts // ranks
+    for rank in reversed(range(ranks)):  # rank 0 last: without a barrier, it must find the others' files
+        mine = range(rank * held, (rank + 1) * held)
+        experts = {"w": [paddle.full([2], float(e)) for e in mine]}
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(folder, RankOf(rank, ranks), files, {"router": paddle.ones([1])}, experts, mine)
+    return files
+
+
+@pytest.mark.parametrize("writers, readers", [(2, 4), (4, 2), (1, 8), (8, 1), (4, 4)])
+def test_each_reader_gets_its_own_experts(tmp_path, writers, readers):
+    files = save_all(tmp_path / "saved", writers)
+    for rank in range(readers):
+        held = range(rank * 8 // readers, (rank + 1) * 8 // readers)
+        shared, experts = checkpoint.load(tmp_path / "saved", files, held)
+        assert shared["router"].tolist() == [1.0]
+        assert [tensor.tolist() for tensor in experts["w"]] == [[float(e)] * 2 for e in held]
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    files = save_all(tmp_path / "saved", 2)
+    (tmp_path / "saved" / "index.json").unlink()
+    with pytest.raises(ValueError, match="folder: .* has no index.json; no checkpoint, or one that was never finished"):
+        checkpoint.load(tmp_path / "saved", files, range(0, 4))
+
+
+def test_a_checkpoint_of_fewer_experts_is_an_error(tmp_path):
+    files = save_all(tmp_path / "saved", 2)
+    assert json.loads((tmp_path / "saved" / "index.json").read_text()) == {
+        "experts-0-of-2": [0, 4],
+        "experts-1-of-2": [4, 8],
+    }
+    with pytest.raises(ValueError, match="held: got experts up to 11, but .* has 8 experts"):
+        checkpoint.load(tmp_path / "saved", files, range(6, 12))
+    with pytest.raises(ValueError, match=r"experts\['w'\]: got 3 values, need one for each of 4 experts"):
+        checkpoint.save(tmp_path / "other", Alone(), files, {}, {"w": [1, 2, 3]}, range(4))
+
+
+# ---- Callers' mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named():
+    x, indices, probs = problem()
+    with pytest.raises(ValueError, match="n_experts: got 6, need a multiple of 4, the ranks that share them"):
+        layout.experts_of_rank(6, 0, 4)
+    with pytest.raises(TypeError, match="indices: got dtype float32, need int32 or int64"):
+        layout.make_layout(indices.astype("float32"), E, Alone())
+    with pytest.raises(ValueError, match=r"indices: got shape \[48\], need 2 dimensions \[T, K\]"):
+        layout.make_layout(indices.reshape([-1]), E, Alone())
+    with pytest.raises(ValueError, match=r"probs: got shape \[24, 1\], need \[24, 2\]"):
+        paddle_tape.open_call(indices, x, probs[:, :1], E, AllToAll(Alone()))
+    with pytest.raises(TypeError, match="probs: got dtype bfloat16, need float32"):
+        paddle_tape.open_call(indices, x, probs.astype("bfloat16"), E, AllToAll(Alone()))
+    with pytest.raises(ValueError, match="fp8_dispatch: got True with 64 channels, need a multiple of 128"):
+        paddle_layer.ExpertParallelMoE(**{**SIZES, "hidden_size": 64}, fp8_dispatch=True)
+    with pytest.raises(ValueError, match="num_experts_per_tok: got 5, need at most num_experts, 4"):
+        paddle_layer.ExpertParallelMoE(**{**SIZES, "num_experts_per_tok": 5})
+    with pytest.raises(ValueError, match=r"hidden_states: got shape \[3, 64\], need \[..., H\] with H=128"):
+        paddle_layer.ExpertParallelMoE(**SIZES)(paddle.zeros([3, 64]))
+    with pytest.raises(ValueError, match="overlap: got 0, need at least 1"):
+        paddle_layer.ExpertParallelMoE(**SIZES, overlap=0)
+
+
+def test_without_a_process_group_a_rank_is_alone():
+    assert isinstance(paddle_communicator.of(), Alone)

@@ -1,0 +1,38 @@
+"""Dispatch and combine alone, on numbers that bf16 holds exactly, so that every result has one right value."""
+
+import numpy as np
+
+
+def problem(case) -> dict[str, np.ndarray]:
+    """Of all ranks together: x, dout and weights of the rows that come [T,H]; probs and indices [T,K]."""
+    rng = np.random.default_rng(case["seed"])
+    tokens, hidden, topk, experts = case["n_tokens"], case["hidden"], case["topk"], case["n_experts"]
+    indices = np.stack([rng.permutation(experts)[:topk] for _ in range(tokens)]) if tokens else np.zeros((0, topk))
+    indices = indices.astype(np.int64)
+    routing = case["routing"]
+    if routing == "holes":
+        indices[rng.random(indices.shape) < 0.4] = -1
+        indices[rng.random(indices.shape) < 0.2] = experts + 3
+    if routing == "first experts":  # those of rank 0
+        indices = indices % max(1, experts // 4)
+        indices[:, 1:] = -1
+    if routing == "nowhere":
+        indices[:] = -1
+
+    def small(*shape):
+        return rng.integers(-8, 9, shape).astype(np.float32)
+
+    return {
+        "x": small(tokens, hidden),
+        "dout": small(tokens, hidden),
+        "probs": small(tokens, topk),
+        "indices": indices,
+    }
+
+
+def move(framework, case, folder) -> dict[str, np.ndarray]:
+    """y = 2 x + the sum of the row's probs, each times the number of its slot from 1; out and gradients come back."""
+    given = problem(case)
+    bounds = np.concatenate([[0], np.cumsum(case["rows"])])
+    mine = slice(int(bounds[framework.rank]), int(bounds[framework.rank + 1]))
+    return framework.dispatch_combine(case, {name: values[mine] for name, values in given.items()})
