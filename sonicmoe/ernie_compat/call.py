@@ -14,6 +14,7 @@ from paddle.autograd import PyLayer
 
 from .. import checks, expert_mlp
 from ..gemm.plan import Plan
+from ..launch import make_current
 from ..quant.formats import QuantTensor
 from ..routing.metadata import Routing
 from .fp8_payload import combine_gradient
@@ -63,6 +64,7 @@ class _ExpertMlp(PyLayer):
         if _version(call.x) != call.x_version:
             raise RuntimeError("x: changed in place after forward, but backward needs it as it was; clone it first")
         n_rows, hidden = checks.shape_of(dout)
+        make_current(dout)  # whatever thread this is
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
         if not isinstance(grad, QuantTensor) and checks.dtype_name(grad) != call.plan.storage:
             grad = grad.astype(call.plan.storage)

@@ -15,7 +15,7 @@ import torch
 
 from .. import checks, jit
 from ..cache_safety import JitUnavailable
-from ..launch import address, arch, current_stream, multiprocessors
+from ..launch import address, arch, beside, current_stream, multiprocessors
 from ..quant import api as quant
 from ..quant import naive
 from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
@@ -71,15 +71,15 @@ class Gradient:
 
 
 def _bytes(sizes, like):
-    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=like.device)
+    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=beside(like))
 
 
 def _floats(sizes, like):
-    return torch.empty(sizes, dtype=torch.float32, device=like.device)
+    return torch.empty(sizes, dtype=torch.float32, device=beside(like))
 
 
 def _storage(sizes, like, plan: Plan):
-    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=like.device)
+    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=beside(like))
 
 
 def _rows_like(n_rows: int, columns: int, like) -> QuantTensor:

@@ -28,6 +28,8 @@ LAYERS = (
         "capabilities",
         "cache_safety",
         "lazy",
+        "cuda_driver",
+        "plugin_tensor",
         "wgrad_deferral",
         "jit",
         "launch",

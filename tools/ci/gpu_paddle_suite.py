@@ -1,0 +1,107 @@
+"""The Paddle node on a real GPU: contract, parity with torch, waits, memory, times.
+
+    python tools/ci/gpu_paddle_suite.py --plugin DIR [--paddle-site DIR] [NAME ...]   stock Paddle on the device plugin
+    python tools/ci/gpu_paddle_suite.py --device gpu [NAME ...]                       paddlepaddle-gpu
+    python tools/ci/gpu_paddle_suite.py --list
+
+DIR of --plugin holds libsonicmoe_gpu.so (tools/build_paddle_device.py); --paddle-site holds paddle where it is not
+installed. Torch's part, for `parity` and `times`, runs in a process of its own: no process holds both frameworks.
+Each case says how long it took. Everything made in between lies in --work, and what torch left is used again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = Path(__file__).resolve().parent / "gpu_paddle"
+CASES = (
+    "numerics",
+    "edges",
+    "again",
+    "layers",
+    "one_forward_one_backward",
+    "recompute",
+    "weights_that_change",
+    "adamw",
+    "checkpoint",
+    "two_streams",
+    "no_wait",
+    "parity",
+    "times",
+    "memory",
+)
+# What a case wants of torch: (what torch_side.py is asked for, the file it leaves).
+OF_TORCH = {"parity": ("parity", "parity.npz"), "times": ("time", "time.json")}
+DEVICE = "sonicmoe_gpu:0"
+
+
+def environment(asked, paddle: bool) -> dict[str, str]:
+    env, first = dict(os.environ), [str(ROOT), str(PARTS.parent)]
+    if paddle and asked.paddle_site:
+        first.append(str(asked.paddle_site.resolve()))
+    env["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [env.get("PYTHONPATH")])])
+    env.pop("CUSTOM_DEVICE_ROOT", None)
+    if paddle and asked.device != "gpu":
+        env["CUSTOM_DEVICE_ROOT"] = str(asked.plugin.resolve())
+    env.setdefault("GLOG_minloglevel", "2")
+    return env
+
+
+def why_not(asked) -> str | None:
+    """What keeps this device from being tried; None if nothing does."""
+    question = "import paddle; print(paddle.__version__, paddle.is_compiled_with_cuda())"
+    command = [sys.executable, "-W", "ignore", "-c", question]
+    told = subprocess.run(command, env=environment(asked, True), capture_output=True, text=True)
+    if told.returncode:
+        return f"paddle does not load: {told.stderr.strip().splitlines()[-1]}"
+    version, with_cuda = told.stdout.split()[-2:]
+    if asked.device == "gpu" and with_cuda != "True":
+        return f"paddle {version} is built without CUDA; --device gpu needs paddlepaddle-gpu"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--device", default=DEVICE, help=f"gpu, or a place of the plugin ({DEVICE})")
+    parser.add_argument("--plugin", type=Path)
+    parser.add_argument("--paddle-site", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--list", action="store_true")
+    asked = parser.parse_args()
+    if asked.list:
+        print("\n".join(CASES))
+        return 0
+    unknown = [name for name in asked.names if name not in CASES]
+    if unknown:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if asked.device != "gpu" and asked.plugin is None:
+        parser.error("--plugin: where libsonicmoe_gpu.so lies, or --device gpu")
+    reason = why_not(asked)
+    if reason is not None:
+        print(f"skipped: {reason}")
+        return 0 if asked.device == "gpu" else 1
+    names, begin = asked.names or list(CASES), time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = asked.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            what, file = OF_TORCH.get(name, (None, None))
+            if what and not (work / file).exists():
+                command = [sys.executable, "-W", "ignore", str(PARTS / "torch_side.py"), what, str(work / file)]
+                subprocess.run(command, env=environment(asked, False), check=True)
+                print(f"torch's part of {name} is there ({time.perf_counter() - begin:.0f} s)", flush=True)
+        device = "gpu:0" if asked.device == "gpu" else asked.device
+        command = [sys.executable, "-W", "ignore", str(PARTS / "cases.py"), device, str(work), *names]
+        failed = subprocess.run(command, env=environment(asked, True)).returncode
+    print(f"{'FAILED' if failed else 'all ok'}: {len(names)} cases, {time.perf_counter() - begin:.0f} s")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
