@@ -268,6 +268,4 @@ def _pads_among_their_own(routing):
     out, they are multiplied by 0. The first row of every block of 128 is a real one, so let its pads read that."""
     if routing.n_pad_rows == 0:
         return routing
-    gather, slots = (index.reshape([-1, FP8_ROW_BLOCK]) for index in (routing.x_gather_idx, routing.s_scatter_idx))
-    gather = torch.where(slots < routing.n_slots, gather, gather[:, :1])
-    return replace(routing, x_gather_idx=gather.reshape([-1]))
+    return replace(routing, x_gather_idx=sm90_bf16.combine().gather_without_pads(routing))

@@ -118,6 +118,24 @@ def scores_by_row(routing):
     return out
 
 
+@triton.jit(do_not_specialize=["n_rows", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
+def _gather_without_pads(gather, scatter, out, n_rows, n_slots, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = tl.load(scatter + row, mask=row < n_rows, other=0) < n_slots
+    source = tl.where(real, row, row // BLOCK * BLOCK)
+    tl.store(out + row, tl.load(gather + source, mask=row < n_rows, other=0), mask=row < n_rows)
+
+
+def gather_without_pads(routing):
+    """``x_gather_idx`` with each pad row's token that of the first row of its block, which is never a pad."""
+    out = torch.empty([routing.n_rows], dtype=torch.int32, device=beside(routing.x_gather_idx))
+    if routing.n_rows:
+        operands = (routing.x_gather_idx, routing.s_scatter_idx, out, routing.n_rows, routing.n_slots)
+        constants = {"BLOCK": routing.block, "ROWS": _THREADS}
+        launch(_gather_without_pads, -(-routing.n_rows // _THREADS), operands, constants, num_warps=_THREADS // 32)
+    return out
+
+
 @triton.jit(do_not_specialize=["n_tokens"], do_not_specialize_on_alignment=_INDEX_ARRAYS)
 def _finish_ds(
     partials, reverse, slot_offset, source, ds,

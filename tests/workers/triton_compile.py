@@ -121,6 +121,7 @@ def call_everything(torch, n_tokens, draw):
     triton_quantize.quantize_rows(x)
     triton_quantize.quantize_weight(torch.zeros([1, 256, 3072], dtype=torch.bfloat16))
     padded = routing_of(torch, n_tokens, 8, draw, 128)
+    triton_combine.gather_without_pads(padded)
     triton_counts.slots_of_experts(padded)
     triton_quantize.quantize_tokens(x, padded)
 

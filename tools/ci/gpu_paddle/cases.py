@@ -13,6 +13,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_paddle.no_torch  # noqa: F401  before anything that could import it
 import numpy as np
 import paddle
 from gpu_paddle import rig
