@@ -40,13 +40,15 @@ def test_training_in_both_precisions(tmp_path):
     table, png = tmp_path / "t.csv", tmp_path / "t.png"
     sizes = "--layers 1 --hidden 128 --intermediate 128 --heads 4 --experts 4 --topk 2 --batch 4 --seq 32 --warmup 5"
     command = ["benchmarks/training.py", "--device", "cpu", *sizes.split(), "--steps", "40", "--learning-rate", "0.005"]
+    command += ["--seeds", "3", "--precisions", "bf16", "fp8"]
     printed = run_with_torch([*command, "--bound", "0.02", "--csv", table])
-    assert "FP8 against BF16" in printed
+    assert "FP8 against BF16, mean of 1 seeds" in printed
     rows = stored(table)
-    assert [r["precision"] for r in rows] == ["bf16"] * 40 + ["fp8"] * 40
+    assert [(r["precision"], r["seed"]) for r in rows] == [("bf16", "3")] * 40 + [("fp8", "3")] * 40
     # Two different computations, and both learn.
     for first, last in ((rows[0], rows[39]), (rows[40], rows[79])):
         assert float(last["loss"]) < 0.8 * float(first["loss"])
+        assert last["held_out"] != last["held_out_in_other"]
     assert rows[39]["held_out"] != rows[79]["held_out"]
     compare = [sys.executable, ROOT / "benchmarks/training.py", "--from-csv", table, "--plot", png]
     assert subprocess.run([*compare, "--bound", "0.02"], capture_output=True).returncode == 0

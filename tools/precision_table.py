@@ -19,8 +19,6 @@ import numpy as np  # noqa: E402
 from sonicmoe import SonicMoEConfig  # noqa: E402
 from tests.support import fp8_model  # noqa: E402
 from tests.support.fp8_runs import (  # noqa: E402
-    FULL_HIDDEN,
-    ROWS,
     Errors,
     fp8_config,
     fp8_tensors,
@@ -31,6 +29,7 @@ from tests.support.fp8_runs import (  # noqa: E402
 )
 from tests.support.oracle import GLU_GATES, Result  # noqa: E402
 from tests.support.paddle_runs import oracle, run_node  # noqa: E402
+from tests.support.precision_rows import FULL_HIDDEN, ROWS  # noqa: E402
 from tests.support.problems import make_problem, to_bf16  # noqa: E402
 
 TENSORS = ("out", "dx", "ds", "dW1", "dW2")

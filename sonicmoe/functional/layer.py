@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from .. import checks
 from ..config import SonicMoEConfig
@@ -19,7 +18,8 @@ from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
 from .autograd import apply_experts
 from .kernel_views import native_view, refuse_bias
-from .streams import compute_input, in_dtype, on_stream, plan_for, without_autocast
+from .router import logits_on_tape, require_router
+from .streams import compute_input, on_stream, plan_for, without_autocast
 
 
 class _SoftmaxOverTopk(torch.autograd.Function):
@@ -80,7 +80,7 @@ def topk_layer(
     config = SonicMoEConfig.current()
     require_router(x, router_w)
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
-        logits = router_logits(x, router_w)
+        logits = logits_on_tape(x, router_w, config)
         scores, indices = route_topk(logits, k, is_softmax_over_topk, norm_topk_probs, config)
         x = compute_input(x)
         plan = layer_plan(x, w1_EFH, w2_EHI, activation, config)
@@ -190,33 +190,6 @@ def checked_topk(k, n_experts: int) -> int:
     if k > n_experts:
         raise ValueError(f"K: got {k}, need at most the number of experts, {n_experts}")
     return k
-
-
-def router_logits(x, router_w):
-    """In autocast's type, or the router's own: one is often kept in float32 beside bf16 experts.
-
-    The cast is made here, because autocast keeps its casts for later ops: one made within an autograd node, off the
-    tape, would take from these the gradient of the router.
-    """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else router_w.dtype
-    with without_autocast(x):
-        return F.linear(in_dtype(x, dtype), in_dtype(router_w, dtype))
-
-
-def require_router(x, router_w) -> None:
-    checks.require_tensor("x", x)
-    checks.require_tensor("router_w", router_w)
-    _require_router(checks.facts_of(x, router_w))
-
-
-@lru_cache(maxsize=256)
-def _require_router(facts) -> None:
-    x, router_w = (checks.Facts(*fields) for fields in facts)
-    for name, tensor, layout in (("x", x, "[T, H]"), ("router_w", router_w, "[E, H]")):
-        checks.require_rank(name, tensor, 2, layout)
-        checks.require_dtype(name, tensor, checks.FLOAT_DTYPES)
-    checks.require_shape("router_w", router_w, (router_w.shape[0], x.shape[1]), "[E, H], H as in x")
 
 
 def _check_slots(x, router_scores, token_indices, expert_indices, n_tokens: int) -> None:

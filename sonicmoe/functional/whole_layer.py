@@ -9,12 +9,14 @@ each part is a node of its own.
 import torch
 
 from ..config import SonicMoEConfig
+from ..routing import router_weight
 from ..routing.switch_loss import backward as loss_backward
 from ..routing.switch_loss import forward as loss_forward
 from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
 from .autograd import ExpertCall, apply_experts
-from .layer import checked_topk, layer_plan, require_router, route, router_logits
+from .layer import checked_topk, layer_plan, route
+from .router import plus_product, require_router, router_logits
 from .streams import compute_input, in_dtype, on_stream, without_autocast
 
 
@@ -84,19 +86,10 @@ class _WholeLayer(torch.autograd.Function):
             if dloss is not None and need_logits:
                 of_loss = loss_backward(dloss, logits, frequency, ctx.config)
                 dlogits = of_loss if dlogits is None else dlogits.add_(of_loss)
-            # The router has multiplied in the type of its logits, whatever x and its weight came in.
             if need_router and dlogits is not None:
-                drouter = in_dtype(dlogits.t() @ in_dtype(rows, logits.dtype), router_w.dtype)
+                drouter = router_weight.gradient(dlogits, rows, router_w.dtype, ctx.config)
             if need_dx and dlogits is not None:
-                dx = _plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype)
+                dx = plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype)
                 if dx.shape != ctx.x_shape:
                     dx = dx.reshape(ctx.x_shape)
         return dx, drouter, dw1, dw2, None, None, None
-
-
-def _plus_product(dx, dlogits, router_w, dtype):
-    """dx (or nothing) + dlogits @ router_w in ``dtype``; dx may be written."""
-    if dx is not None and dx.dtype == dlogits.dtype == dtype:
-        return dx.addmm_(dlogits, router_w)
-    product = in_dtype(dlogits @ router_w, dtype)
-    return product if dx is None else product.add_(in_dtype(dx, dtype))

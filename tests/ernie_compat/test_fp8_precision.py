@@ -22,10 +22,7 @@ from tests.support.floors import (
 )
 from tests.support.fp8_runs import (
     CARRIERS,
-    FULL_HIDDEN,
-    HEAVY_CHANNEL,
     RECIPES,
-    ROWS,
     Errors,
     fp8_config,
     fp8_tensors,
@@ -36,6 +33,7 @@ from tests.support.fp8_runs import (
 )
 from tests.support.oracle import Result
 from tests.support.paddle_runs import expert_list, oracle, run_fleet, run_node
+from tests.support.precision_rows import FULL_HIDDEN, HEAVY_CHANNEL, ROWS
 from tests.support.problems import make_problem
 
 pytestmark = pytest.mark.contract

@@ -9,7 +9,7 @@ import torch
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import naive, triton_combine, triton_topk
-from tests.support import children, quantizers, small_kernels
+from tests.support import children, quantizers, router_kernels, small_kernels
 from tests.workers.jit_routings import distinct, elsewhere, holes, skewed, uniform
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,8 @@ GPU = torch.device("cuda", 0)
 LARGE = [(4096, 8, 64, 128, distinct), (3000, 9, 40, 1, holes), (1000, 32, 128, 32, elsewhere), (2048, 4, 8, 1, skewed)]
 
 
-EVERY_CHECK = [check for group in (small_kernels, quantizers) for checks in group.CHECKS.values() for check in checks]
+GROUPS = (small_kernels, router_kernels, quantizers)
+EVERY_CHECK = [check for group in GROUPS for checks in group.CHECKS.values() for check in checks]
 
 
 @pytest.mark.parametrize("check", EVERY_CHECK, ids=lambda check: check.__name__)
@@ -40,8 +41,15 @@ def test_list_of_slots_at_size():
 
 def test_topk_at_size():
     shapes = [(8192, 64, 8), (777, 1000, 32), (4097, 96, 6)]
-    assert small_kernels.check_topk(GPU, shapes) == []
-    assert small_kernels.check_topk_backward(GPU, shapes) == []
+    assert router_kernels.check_topk(GPU, shapes) == []
+    assert router_kernels.check_topk_backward(GPU, shapes) == []
+
+
+def test_router_weight_at_size():
+    """The token counts at which cuBLAS 13.1 leaves out the last one, and others."""
+    counts = (1025, 4097, 7169, 8192, 8193, 32769)
+    shapes = [(n_tokens, n_experts, hidden) for n_tokens in counts for n_experts, hidden in ((8, 3072), (130, 1000))]
+    assert router_kernels.check_router_weight(GPU, shapes) == []
 
 
 def test_quantizers_at_size():

@@ -10,19 +10,8 @@ from sonicmoe import SonicMoEConfig
 from . import fp8_model
 from .oracle import GLU_GATES, Result
 from .paddle_runs import oracle
+from .precision_rows import HEAVY_CHANNEL, HEAVY_FACTOR
 from .problems import Problem, make_problem, to_bf16
-
-# (N, K, E, I) of the table that users of this layer publish; its H is that of the reference shape.
-ROWS = (
-    (128, 4, 4, 384),
-    (128, 8, 8, 384),
-    (512, 4, 8, 1536),
-    (512, 8, 8, 1536),
-    (1024, 8, 8, 1536),
-    (256, 8, 32, 1536),
-)
-FULL_HIDDEN = 3072
-HEAVY_CHANNEL, HEAVY_FACTOR = 37, 100.0
 
 RECIPES = {
     "sm90": ({"fp8_recipe": "sm90"}, fp8_model.SM90),

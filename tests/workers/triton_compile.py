@@ -95,7 +95,13 @@ def routing_of(torch, n_tokens, topk, draw, block=1):
 def call_everything(torch, n_tokens, draw):
     """One model's calls: H=3072, K=8, E=32."""
     from sonicmoe.quant import triton_fingerprint, triton_native, triton_quantize
-    from sonicmoe.routing import triton_combine, triton_counts, triton_switch_loss, triton_topk
+    from sonicmoe.routing import (
+        triton_combine,
+        triton_counts,
+        triton_router_weight,
+        triton_switch_loss,
+        triton_topk,
+    )
 
     routing = routing_of(torch, n_tokens, 8, draw)
     rows = torch.zeros([routing.n_rows, 3072], dtype=torch.bfloat16)
@@ -118,6 +124,7 @@ def call_everything(torch, n_tokens, draw):
     triton_native.to_native(experts, draw.randint(0, 3), 2, table, flags, room, True)
     triton_native.count_change(flags[1:], flags, 2)
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
+    triton_router_weight.gradient(logits, x, torch.bfloat16)
     triton_quantize.quantize_rows(x)
     triton_quantize.quantize_weight(torch.zeros([1, 256, 3072], dtype=torch.bfloat16))
     padded = routing_of(torch, n_tokens, 8, draw, 128)
@@ -129,7 +136,7 @@ def call_everything(torch, n_tokens, draw):
 def variants(torch):
     """Other models, types and limits: only that they compile."""
     from sonicmoe.quant import triton_quantize
-    from sonicmoe.routing import triton_combine, triton_topk
+    from sonicmoe.routing import triton_combine, triton_router_weight, triton_topk
 
     draw = random.Random(1)
     for topk, width, dtype in ((32, 7168, torch.bfloat16), (10, 2048, torch.float32), (1, 100, torch.float16)):
@@ -141,6 +148,9 @@ def variants(torch):
     for n_experts, k, dtype in ((1024, 32, torch.float32), (160, 6, torch.bfloat16), (8, 2, torch.float16)):
         scores, indices = triton_topk.topk_softmax_forward(torch.zeros([5, n_experts], dtype=dtype), k)
         triton_topk.topk_softmax_backward(scores, scores, indices, n_experts, dtype)
+        triton_router_weight.gradient(
+            torch.zeros([5, n_experts], dtype=dtype), torch.zeros([5, 1000], dtype=dtype), dtype
+        )
     routing = routing_of(torch, 5, 2, draw, 128)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         triton_quantize.quantize_rows(torch.zeros([5, 256], dtype=dtype), pow2=True)
@@ -157,7 +167,7 @@ def faults(kernel) -> list[str]:
     found = [] if ".target sm_90" in code else ["not for sm_90"]
     if len(kernel.asm["cubin"]) < 1000:
         found.append("no machine code")
-    found += [f"has {word}" for word in ("atom.", "red.global", "st.local") if word in code]
+    found += [f"has {word}" for word in ("atom.", " red.", "st.local") if word in code]
     # What the assembler moves there when registers run out, the code before it does not show.
     return found + (["spills registers"] if "STL" in kernel.asm["sass"] else [])
 

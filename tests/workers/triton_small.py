@@ -1,4 +1,4 @@
-"""One group of checks of tests/support/{small_kernels,quantizers}.py in Triton's interpreter, as JSON:
+"""One group of checks of tests/support/{small_kernels,router_kernels,quantizers}.py in Triton's interpreter, as JSON:
 {check: what differed}."""
 
 import json
@@ -6,9 +6,9 @@ import sys
 
 
 def main(group: str):
-    from tests.support import quantizers, small_kernels
+    from tests.support import quantizers, router_kernels, small_kernels
 
-    checks = small_kernels.CHECKS | quantizers.CHECKS
+    checks = small_kernels.CHECKS | router_kernels.CHECKS | quantizers.CHECKS
     print(json.dumps({check.__name__: check("cpu") for check in checks[group]}))
 
 

@@ -1,0 +1,23 @@
+"""The gradient of the router's weight, the definition and Triton's version in its interpreter, beside float64."""
+
+import pytest
+
+from tests.support import children, triton_runs
+
+pytestmark = pytest.mark.torch
+
+CHECKS = ("check_router_weight",)
+
+
+@pytest.fixture(scope="module")
+def differences():
+    return triton_runs.interpreted(children.WORKERS / "triton_small.py", "router_weight")
+
+
+def test_each_check_is_listed_here(differences):
+    assert sorted(differences) == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_token_counts(differences, check):
+    assert differences[check] == []
