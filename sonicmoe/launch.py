@@ -57,21 +57,22 @@ def stream_of_place(name: str) -> int:
     return raw_stream(torch.device.current_stream(name)) or 0
 
 
-_cuda_places: set[str] = set()
+_cuda_places: dict[str, bool] = {}
 
 
 def is_cuda(tensor) -> bool:
-    """Whether the tensor is on an NVIDIA GPU, be it through a device plugin: then by what the driver says of its
-    address."""
+    """Whether the tensor is on an NVIDIA GPU, be it through a device plugin: then by what the driver says of an address
+    there. A tensor without elements has none, so another one is asked for."""
     if not UNDER_PADDLE:
         return tensor.is_cuda
     place = tensor.place
     if not place.is_custom_place():
         return place.is_gpu_place()
     name = checks.place_name(tensor)
-    if name not in _cuda_places and cuda_driver.is_device_memory(address(tensor)):
-        _cuda_places.add(name)
-    return name in _cuda_places
+    if name not in _cuda_places:
+        probe = tensor if address(tensor) else torch.empty([1], dtype=torch.uint8, device=place)
+        _cuda_places[name] = cuda_driver.is_device_memory(address(probe))
+    return _cuda_places[name]
 
 
 def make_current(tensor) -> None:

@@ -32,7 +32,7 @@ class ExpertCall:
     need_ds: bool
     experts1: tuple[bool, ...]
     experts2: tuple[bool, ...]
-    on_wgrad: Callable  # (PendingWgrad, experts1, experts2) -> None
+    on_wgrad: Callable  # (PendingWgrad, experts1, experts2, check) -> None, see ``_ExpertMlp.backward``
     combine_grad_handle: dict | None = None
     saved: Any = field(default=None, init=False)
     x_version: int = field(default=0, init=False)
@@ -72,8 +72,18 @@ class _ExpertMlp(PyLayer):
             grads = expert_mlp.backward(
                 call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
             )
+            watch = call.weights.watch
+
+            def check(*buffers):
+                """To be called behind the last use of the weights, with the gradient buffers that were added to: if
+                the weights are no longer those of the forward, no number of this backward may pass for one."""
+                if watch is not None:
+                    watch.spoil(grads.dx, grads.ds, *buffers)
+
             if grads.wgrad is not None:
-                call.on_wgrad(grads.wgrad, call.experts1, call.experts2)
+                call.on_wgrad(grads.wgrad, call.experts1, call.experts2, check)
+            else:
+                check()
         # None where an input's stop_gradient is set: Paddle insists. The anchor has served by making this run.
         return grads.dx, grads.ds, None
 

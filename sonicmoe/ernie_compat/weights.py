@@ -135,8 +135,8 @@ class WeightStore:
         if copies is None:
             copies = self._on_device[key] = NativeCopies(plan.storage, plan.recipe, self.n_experts, self.glu)
         with paddle.no_grad():
-            plain1, plain2, fp8 = copies.current([p.detach() for p in params1], [p.detach() for p in params2])
-        return ExpertWeights(plain1, plain2, fp8, self.hidden_size, self.intermediate_size)
+            plain1, plain2, fp8, watch = copies.current([p.detach() for p in params1], [p.detach() for p in params2])
+        return ExpertWeights(plain1, plain2, fp8, self.hidden_size, self.intermediate_size, watch)
 
     @property
     def epoch(self) -> int:

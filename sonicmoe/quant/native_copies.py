@@ -1,6 +1,7 @@
 """Copies of checkpoint weights in native layout, plain or FP8, that follow the weights' bytes on the device."""
 
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,16 +16,29 @@ else:
     triton_fingerprint = triton_native = triton_quantize = None
 
 
+class Watch(NamedTuple):
+    """Tells on the device whether copies have been written again since a call got them."""
+
+    epoch: Any  # [1] int32: how often the memory's weights have changed, now
+    mark: Any  # [1] int32: and when the call got them
+    told: Any  # [1] int32: 1 once results had to be spoiled
+
+    def spoil(self, *results) -> None:
+        """Fill them (up to 4, or None) with NaN if the copies are others now. To be queued behind what read those."""
+        triton_native.spoil_if_changed(*self, results)
+
+
 class NativeCopies:
     """Of one layer's parameters: a tensor for each expert, [H,F] and [I,H], or one for all, [E,H,F] and [E,I,H].
 
-    The device compares bytes and writes again what has changed; the host never waits. Memory that is in use stays as it
-    is only across ``drop``: who changes weights between a forward and its backward drops the copies first.
+    The device compares bytes and writes again what has changed; the host never waits, and so it cannot know whether
+    memory that calls in flight read is being written. Across ``drop`` it is not: calls in flight keep theirs, and the
+    next one gets new memory. Otherwise a call's ``Watch`` tells it at its end.
     """
 
     def __init__(self, storage: str, recipe: Recipe | None, n_experts: int, gated: bool):
         self.storage, self.recipe, self.n_experts, self.gated = getattr(torch, storage), recipe, n_experts, gated
-        self._memory = self._table = self._made = self._epoch = None
+        self._memory = self._table = self._made = self._epoch = self._told = None
         self._unfinished = False
         self._stream = self._event = None
 
@@ -39,8 +53,8 @@ class NativeCopies:
         return all(param.is_contiguous() for param in params)
 
     def current(self, params1: list, params2: list):
-        """(w1 [E,F,H], w2 [E,H,I], None), or (None, None, FP8 copies): the weights of this moment, on the current
-        stream."""
+        """(w1 [E,F,H], w2 [E,H,I], None, watch), or (None, None, FP8 copies, watch): the weights of this moment, on
+        the current stream."""
         stream = current_stream(params1[0])
         if self._stream not in (None, stream):
             self._event.wait(stream)
@@ -55,14 +69,17 @@ class NativeCopies:
         weights = [*params1, *params2]
         if self._memory is None:
             self._memory = triton_fingerprint.make_memory(weights)
-            self._epoch = torch.zeros([1], dtype=torch.int32, device=beside(weights[0]))
+            self._epoch, self._told = (torch.zeros([1], dtype=torch.int32, device=beside(weights[0])) for _ in range(2))
         elif self._unfinished:
             # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
             self._memory.state.zero_()
+        if self._made is None:
+            self._epoch = self._epoch.clone()  # that of the memory before stands still: so does that memory
+        mark = torch.empty([1], dtype=torch.int32, device=beside(weights[0]))
         self._unfinished = True
         found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
         self._table = found.table
-        triton_native.count_change(self._epoch, found.changed, len(weights))
+        triton_native.count_change(self._epoch, found.changed, mark, len(weights))
         changed = None if self._made is None else found.changed
         made = self._made or (None, None)
         self._made = tuple(
@@ -73,9 +90,10 @@ class NativeCopies:
             )
         )
         self._unfinished = False
+        watch = Watch(self._epoch, mark, self._told)
         if self.recipe is None:
-            return (*self._made, None)
-        return None, None, self._fp8()
+            return (*self._made, None, watch)
+        return None, None, self._fp8(), watch
 
     def _one(self, params, first: int, gated: bool, into, changed):
         plain = into if self.recipe is None else None
@@ -91,8 +109,17 @@ class NativeCopies:
         return _together(*self._made, self.recipe)
 
     def epoch(self) -> int:
-        """How often the bytes have changed. Waits for the device."""
-        return 0 if self._epoch is None else int(self._epoch)
+        """How often the bytes have changed. Waits for the device, and raises what it could not say before."""
+        if self._epoch is None:
+            return 0
+        # Not int(): of a tensor with a dimension, Paddle's asks NumPy for what newer ones refuse.
+        if self._told.tolist()[0]:
+            self._told.zero_()
+            raise RuntimeError(
+                "weights: they changed between a forward and its backward, and another forward came in between; the "
+                "gradients of that backward are NaN. Call step() between the last backward and the change"
+            )
+        return self._epoch.tolist()[0]
 
     def drop(self) -> None:
         """Let go of the memory. Calls in flight keep what they were given, and the next one gets new memory."""

@@ -4,6 +4,8 @@ per expert or grouped   w1 [.., H, 2I] columns gate|up     w2 [.., I, H]
 native                  w1 [E, 2I, H]  rows g0,u0,g1,u1..  w2 [E, H, I]
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -57,16 +59,60 @@ def to_native(tensors, first: int, n_experts: int, table, changed, out, gated: b
     launch(_to_native, n_experts * tiles, (like, table.rows, changed, out, first), constants, num_warps=4)
 
 
-@triton.jit(do_not_specialize_on_alignment=["changed", "epoch"])
-def _count_change(epoch, changed, N: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["changed", "epoch", "mark"])
+def _count_change(epoch, changed, mark, N: tl.constexpr, LANES: tl.constexpr):
     number = tl.arange(0, LANES)
     any_changed = tl.max(tl.load(changed + number, mask=number < N, other=0))
-    tl.store(epoch, tl.load(epoch) + any_changed)
+    now = tl.load(epoch) + any_changed
+    tl.store(epoch, now)
+    tl.store(mark, now)
 
 
-def count_change(epoch, changed, n: int) -> None:
-    """Add 1 to ``epoch`` if one of the ``n`` flags is set."""
-    launch(_count_change, 1, (epoch, changed), {"N": n, "LANES": triton.next_power_of_2(n)}, num_warps=1)
+def count_change(epoch, changed, mark, n: int) -> None:
+    """Add 1 to ``epoch`` if one of the ``n`` flags is set, and note in ``mark`` what it is now."""
+    launch(_count_change, 1, (epoch, changed, mark), {"N": n, "LANES": triton.next_power_of_2(n)}, num_warps=1)
+
+
+_SPOILED = ("a", "b", "c", "d")
+_LENGTHS = tuple(f"n_{name}" for name in _SPOILED)
+_LANES = 1024
+_PROGRAMS = 256  # so few that they cost next to nothing where there is nothing to do
+
+
+@triton.jit
+def _fill_with_nan(out, n, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES).to(tl.int64)
+    length = n.to(tl.int64)
+    nan = tl.full([LANES], float("nan"), tl.float32).to(out.dtype.element_ty)
+    apart = tl.num_programs(0).to(tl.int64) * LANES
+    begin = tl.program_id(0).to(tl.int64) * LANES
+    while begin < length:
+        tl.store(out + begin + lane, nan, mask=begin + lane < length)
+        begin += apart
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["epoch", "mark", "told", *_SPOILED])
+def _spoil_if_changed(epoch, mark, told, a, b, c, d, n_a, n_b, n_c, n_d, LANES: tl.constexpr):
+    if tl.load(epoch) != tl.load(mark):
+        tl.store(told, 1)
+        if a is not None:
+            _fill_with_nan(a, n_a, LANES)
+        if b is not None:
+            _fill_with_nan(b, n_b, LANES)
+        if c is not None:
+            _fill_with_nan(c, n_c, LANES)
+        if d is not None:
+            _fill_with_nan(d, n_d, LANES)
+
+
+def spoil_if_changed(epoch, mark, told, tensors) -> None:
+    """If ``epoch`` is not ``mark`` any more, fill the ``tensors`` (contiguous, up to 4, or None) with NaN and set
+    ``told``."""
+    given = [None if tensor is None or 0 in tensor.shape else tensor for tensor in tensors]
+    given += [None] * (len(_SPOILED) - len(given))
+    lengths = [0 if tensor is None else math.prod(tensor.shape) for tensor in given]
+    operands = (epoch, mark, told, *given, *lengths)
+    launch(_spoil_if_changed, _PROGRAMS, operands, {"LANES": _LANES}, num_warps=4)
 
 
 def room(n_experts: int, like, dtype):

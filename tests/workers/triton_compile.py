@@ -122,7 +122,8 @@ def call_everything(torch, n_tokens, draw):
     table, room = triton_fingerprint.fingerprint(experts).table, triton_native.room(2, experts[0], torch.bfloat16)
     flags = torch.zeros([8], dtype=torch.int32)[draw.randint(0, 5) :]
     triton_native.to_native(experts, draw.randint(0, 3), 2, table, flags, room, True)
-    triton_native.count_change(flags[1:], flags, 2)
+    triton_native.count_change(flags[1:], flags, flags[2:], 2)
+    triton_native.spoil_if_changed(flags[1:], flags, flags[2:], (rows, routing.scores, logits))
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
     triton_router_weight.gradient(logits, x, torch.bfloat16)
     triton_quantize.quantize_rows(x)

@@ -17,6 +17,7 @@ class Problem:
 
 
 SMALL = Problem(300, 256, 128, 8, 4, elsewhere=0.2)
+TINY = Problem(40, 128, 128, 6, 2, elsewhere=0.2)
 REFERENCE = Problem(8192, 3072, 1536, 8, 8)
 
 
