@@ -5,7 +5,13 @@ from operator import attrgetter
 
 import torch
 
-from . import checks, cuda_driver, plugin_tensor
+from . import checks
+
+# By their own names: `from . import` asks for a part that is not loaded yet by the name that the package had first.
+from .cuda_driver import capability, current_device, is_device_memory
+from .cuda_driver import make_current as make_device_current
+from .cuda_driver import multiprocessors as multiprocessors_of
+from .plugin_tensor import exported, set_ffi_stream
 
 
 def raw_stream(stream) -> int | None:
@@ -71,7 +77,7 @@ def is_cuda(tensor) -> bool:
     name = checks.place_name(tensor)
     if name not in _cuda_places:
         probe = tensor if address(tensor) else torch.empty([1], dtype=torch.uint8, device=place)
-        _cuda_places[name] = cuda_driver.is_device_memory(address(probe))
+        _cuda_places[name] = is_device_memory(address(probe))
     return _cuda_places[name]
 
 
@@ -79,13 +85,13 @@ def make_current(tensor) -> None:
     """Give this thread the context of the tensor's GPU, where the framework leaves that to its own kernels."""
     if UNDER_PADDLE and not checks.is_cpu(tensor) and is_cuda(tensor):
         index = device_index(tensor)
-        if cuda_driver.current_device() != index:
-            cuda_driver.make_current(index)
+        if current_device() != index:
+            make_device_current(index)
 
 
 @cache
 def _arch(index: int | None) -> str:
-    major, minor = cuda_driver.capability(index) if UNDER_PADDLE else torch.cuda.get_device_capability(index)
+    major, minor = capability(index) if UNDER_PADDLE else torch.cuda.get_device_capability(index)
     # The ``a`` targets hold the instructions that exist on one architecture only (wgmma, setmaxnreg).
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
@@ -98,7 +104,7 @@ def arch(tensor) -> str:
 @cache
 def _multiprocessors(index: int | None) -> int:
     if UNDER_PADDLE:
-        return cuda_driver.multiprocessors(index)
+        return multiprocessors_of(index)
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -112,8 +118,8 @@ def call_ffi(function, like, *arguments) -> None:
     itself, but for the places of device plugins, whose tensors Paddle does not export."""
     if UNDER_PADDLE and like.place.is_custom_place():
         index, stream = device_index(like), current_stream(like)
-        plugin_tensor.set_ffi_stream(index, stream)
-        arguments = plugin_tensor.exported(arguments, index)
+        set_ffi_stream(index, stream)
+        arguments = exported(arguments, index)
     function(*arguments)
 
 
