@@ -17,7 +17,30 @@ using phi::DataType;
 using phi::DenseTensor;
 using Sizes = std::vector<int64_t>;
 
-cudaStream_t stream_of(const CustomContext& context) { return reinterpret_cast<cudaStream_t>(context.stream()); }
+// A context's stream, and its device current for as long as this lives, to the end of the statement: Paddle leaves the
+// caller's device as it is, and CUDA refuses another one's streams.
+class StreamOf {
+ public:
+  explicit StreamOf(const CustomContext& context) : stream_(reinterpret_cast<cudaStream_t>(context.stream())) {
+    const int device = context.GetPlace().GetDeviceId();
+    cudaGetDevice(&before_);
+    if (before_ == device) {
+      before_ = -1;
+    } else {
+      cudaSetDevice(device);
+    }
+  }
+  ~StreamOf() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  int before_ = -1;
+};
+
+StreamOf stream_of(const CustomContext& context) { return StreamOf(context); }
 
 void require(cudaError_t result, const char* what) {
   PADDLE_ENFORCE_EQ(result, cudaSuccess,

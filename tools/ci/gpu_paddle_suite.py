@@ -5,8 +5,9 @@
     python tools/ci/gpu_paddle_suite.py --list
 
 DIR of --plugin holds libsonicmoe_gpu.so (tools/build_paddle_device.py); --paddle-site holds paddle where it is not
-installed. Torch's part, for `parity` and `times`, runs in a process of its own: no process holds both frameworks.
-Each case says how long it took. Everything made in between lies in --work, and what torch left is used again.
+installed. Torch's part, for `parity`, `times` and `training`, runs in a process of its own: no process holds both
+frameworks. Each case says how long it took. Everything made in between lies in --work, and what torch and Paddle on the
+CPU left there is used again. `training` leaves training.csv; gpu_paddle/training.py draws it.
 """
 
 import argparse
@@ -32,12 +33,20 @@ CASES = (
     "checkpoint",
     "two_streams",
     "no_wait",
+    "training",
     "parity",
     "times",
     "memory",
 )
-# What a case wants of torch: (what torch_side.py is asked for, the file it leaves).
-OF_TORCH = {"parity": ("parity", "parity.npz"), "times": ("time", "time.json")}
+# What a case wants of processes before it: (who it is, its command, the file that it leaves in --work).
+BEFORE = {
+    "parity": [("torch", ["torch_side.py", "parity", "{work}/parity.npz"], "parity.npz")],
+    "times": [("torch", ["torch_side.py", "time", "{work}/time.json"], "time.json")],
+    "training": [
+        ("Paddle on the CPU", ["training.py", "paddle_cpu", "{work}"], "paddle_cpu.json"),
+        ("torch", ["training_torch.py", "{work}"], "torch_gpu.json"),
+    ],
+}
 DEVICE = "sonicmoe_gpu:0"
 
 
@@ -92,11 +101,14 @@ def main() -> int:
         work = asked.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         for name in names:
-            what, file = OF_TORCH.get(name, (None, None))
-            if what and not (work / file).exists():
-                command = [sys.executable, "-W", "ignore", str(PARTS / "torch_side.py"), what, str(work / file)]
-                subprocess.run(command, env=environment(asked, False), check=True)
-                print(f"torch's part of {name} is there ({time.perf_counter() - begin:.0f} s)", flush=True)
+            for who, (script, *rest), file in BEFORE.get(name, []):
+                if (work / file).exists():
+                    continue
+                command = [sys.executable, "-W", "ignore", str(PARTS / script), *(a.format(work=work) for a in rest)]
+                env = environment(asked, who != "torch")
+                env.pop("CUSTOM_DEVICE_ROOT", None)
+                subprocess.run(command, env=env, check=True)
+                print(f"{who} has done its part of {name} ({time.perf_counter() - begin:.0f} s)", flush=True)
         device = "gpu:0" if asked.device == "gpu" else asked.device
         command = [sys.executable, "-W", "ignore", str(PARTS / "cases.py"), device, str(work), *names]
         failed = subprocess.run(command, env=environment(asked, True)).returncode

@@ -374,6 +374,19 @@ def memory(work):
 
 
 @case
+def training(work):
+    """200 steps of the demo's model: the curve beside those of torch and of the CPU."""
+    from gpu_paddle import training as curves
+
+    curves.run(work, "paddle_gpu", **rig.SETTINGS)
+    found = curves.curves(work)
+    curves.write(found, work / "training.csv")
+    missing = [name for name in curves.CURVES if name not in found]
+    assert not missing, f"no curve of {', '.join(missing)} to compare with"
+    return curves.compare(found)
+
+
+@case
 def times(work):
     """At the reference shape, beside the torch process."""
     from gpu_paddle import timing
