@@ -38,6 +38,7 @@ UNDER_PADDLE = torch.Tensor.__module__.partition(".")[0] != "torch"
 # What ``device=`` of a new tensor takes to put it where another one is.
 beside = attrgetter("place" if UNDER_PADDLE else "device")
 
+_stream_at = attrgetter("device.current_stream")(torch) if UNDER_PADDLE else None  # torch has no such function
 _raw_stream_of = None if UNDER_PADDLE else getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
 
 
@@ -60,7 +61,7 @@ def current_stream(tensor) -> int:
 
 def stream_of_place(name: str) -> int:
     """The current stream of one of Paddle's places, ``gpu:0`` or a plugin's."""
-    return raw_stream(torch.device.current_stream(name)) or 0
+    return raw_stream(_stream_at(name)) or 0
 
 
 _cuda_places: dict[str, bool] = {}
