@@ -18,7 +18,7 @@ INTERPRETED = children.WORKERS / "paddle_device_interpreted.py"
 DEVICE = "sonicmoe_gpu:0"
 
 CHECKS = ("views_read", "views_written", "memory_comes_back", "too_much_is_an_error", "two_devices")
-CHECKS += ("layer_on_another_device", "streams_and_events", "counters")
+CHECKS += ("blocks_are_handed_out_again", "layer_on_another_device", "streams_and_events", "counters")
 NODE = ("numerics", "edges", "layers", "one_forward_one_backward", "recompute", "weights_that_change")
 NODE += ("weights_that_change_in_flight", "adamw", "checkpoint", "two_streams")
 
@@ -42,7 +42,7 @@ def environment(plugin: Path, *more: Path, **variables) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def rig(plugin):
-    return children.answer(RIG, "rig", options=["-W", "ignore"], env=environment(plugin))
+    return children.answer(RIG, "rig", options=["-W", "ignore"], env=environment(plugin, FLAGS_free_idle_chunk="1"))
 
 
 def test_each_check_is_listed_here(rig):
@@ -73,7 +73,7 @@ def test_node(plugin, tmp_path):
 
 
 def test_weight_copies_of_a_gpu(plugin, tmp_path):
-    """Made by the kernels, in Triton's interpreter, with whatever NumPy that one has."""
+    """Made by the kernels, in Triton's interpreter."""
     names = ["weights_that_change_in_flight"]
     options = ["--backend", "naive", "--tiny", "--recipes", "fp8", "--"]
     env = environment(plugin, triton_runs.triton_site(), TRITON_INTERPRET="1")

@@ -105,12 +105,27 @@ def memory_comes_back(device):
     assert len({tensor.data_ptr() for tensor in kept}) == 8
     for number, tensor in enumerate(kept):
         same(tensor, paddle.full([1 << 18], number, dtype="float32"))
-    held, one = plugin.bytes_held(), 24 << 20  # more than a chunk: a block of its own
-    for _ in range(5):
-        big = paddle.empty([one], dtype="uint8")
-        del big
-    assert plugin.bytes_held() - held < 3 * one, plugin.bytes_held() - held
     assert plugin.bytes_held() >= plugin.bytes_in_use()
+
+
+@check
+def blocks_are_handed_out_again(device):
+    """With FLAGS_free_idle_chunk=1 Paddle gives back each chunk that is idle: the plugin keeps it, and a next one of
+    its size costs no call of the driver."""
+    plugin, size = rig.Plugin(), 24 << 20
+    first = paddle.empty([size], dtype="uint8")
+    where, used, held, before = first.data_ptr(), plugin.bytes_in_use(), plugin.bytes_held(), plugin.counts()
+    del first
+    assert plugin.bytes_in_use() <= used - size and plugin.bytes_held() == held
+    second = paddle.empty([size], dtype="uint8")
+    assert second.data_ptr() == where and plugin.bytes_in_use() == used and plugin.bytes_held() == held
+    third = paddle.empty([size], dtype="uint8")
+    assert third.data_ptr() != where and plugin.bytes_held() >= held + size
+    del second, third
+    assert plugin.counts()["allocations"] == before["allocations"] + 1
+    assert plugin.library.paddle_cuda_device_trim(0) == 0
+    assert plugin.bytes_held() == plugin.bytes_in_use() <= used - size
+    assert plugin.counts()["releases"] >= before["releases"] + 2
 
 
 @check
