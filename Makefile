@@ -1,5 +1,5 @@
 # Each target but test-gpu and bench sets up what it needs in .venv first, and reuses it the next time.
-.PHONY: help demo demo-ep test test-fast test-gpu bench lint hooks
+.PHONY: help demo demo-ep test test-fast test-gpu paddle-device bench lint hooks
 
 help:
 	@echo "make demo       train a small MoE language model, BF16 beside FP8 (options: make demo ARGS=--help)"
@@ -7,6 +7,7 @@ help:
 	@echo "make test       the whole suite"
 	@echo "make test-fast  lint and the quick tests"
 	@echo "make test-gpu   what only a GPU shows, in the environment of $${PYTHON:-python3}, which has torch with CUDA"
+	@echo "make paddle-device  the CUDA device plugin for stock Paddle, in OUT=build/paddle_device (docs/paddle_gpu.md)"
 	@echo "make bench      the benchmark of the layer, likewise (ARGS='--peer-site FOLDER' to have sonic-moe beside it)"
 	@echo "make lint       ruff and the rules of the house"
 	@echo "make hooks      run the quick suite before each commit"
@@ -29,6 +30,10 @@ test-fast:
 
 test-gpu:
 	@bash tools/ci/run_gpu_tests.sh
+
+paddle-device:
+	@bash tools/ci/ensure_env.sh
+	.venv/bin/python tools/build_paddle_device.py $(or $(OUT),build/paddle_device)
 
 bench:
 	$(or $(PYTHON),python3) benchmarks/moe.py --csv benchmarks/moe.csv --plot benchmarks/moe.png $(ARGS)

@@ -7,8 +7,11 @@ that it looks at in an integer must be switched off in the kernel (``do_not_spec
 """
 
 import sys
+from functools import cache
 
-from .launch import current_stream
+from . import cuda_driver
+from .checks import is_cpu, place_name
+from .launch import UNDER_PADDLE, current_stream, device_index, is_cuda, make_current, stream_of_place
 
 # Whose launcher is known to the letter: which arguments it hands on, and which two memories it makes room for before.
 _KNOWN_LAUNCHERS = ("3.6.",)
@@ -41,13 +44,36 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@cache
+def _answer_for_paddle(kind: str) -> None:
+    """Triton asks torch for the device, its capability and the stream, and under Paddle's proxy takes Paddle's answers.
+    Of a plugin's devices Paddle knows too little to answer; so these are ours. ``kind`` is what their places are called
+    without a number."""
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    ours = CudaDriver()
+    ours.get_current_device = cuda_driver.current_device
+    ours.set_current_device = cuda_driver.make_current
+    ours.get_device_capability = cuda_driver.capability
+    ours.get_current_stream = lambda index: stream_of_place(f"{kind}:{index}")
+    driver.set_active(ours)
+
+
+def prepare(like) -> None:
+    """Before Triton itself launches a kernel: see that it finds the tensor's device and stream."""
+    if UNDER_PADDLE and not is_cpu(like) and is_cuda(like) and not sys.modules["triton.knobs"].runtime.interpret:
+        _answer_for_paddle(place_name(like).partition(":")[0])
+        make_current(like)
+
+
 def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> None:
     """Run ``blocks`` programs of ``kernel`` on the current stream of the first operand's device.
 
     ``operands`` (tensors, integers, None) come first in the kernel's signature, then the constants, in its order.
     """
     like = operands[0]
-    known = [id(kernel), like.device.index, *constants.values(), *options.values()]
+    known = [id(kernel), device_index(like), *constants.values(), *options.values()]
     for operand in operands:
         if operand is None:
             known.append(None)
@@ -68,6 +94,7 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
             found.look_up()
         found.start(blocks, 1, 1, stream, *found.fixed, *operands, *constants.values())
         return
+    prepare(like)
     compiled = kernel[(blocks,)](*operands, **constants, **options)
     if compiled is not None:  # Triton's interpreter compiles nothing
         _require_fit(kernel, operands, constants)

@@ -149,6 +149,51 @@ def test_parts_of_one_layer_may_not_import_each_other(check):
     assert any("gemm imports quant, and quant leads back to gemm" in line for line in findings)
 
 
+@pytest.mark.parametrize(
+    ("rule", "source", "words"),
+    [
+        ("calls that Paddle means otherwise", "import torch\ntorch.zeros([1]).numel()", ":2: .numel(): Paddle gives"),
+        ("calls that Paddle means otherwise", "import paddle\ndef f(x):\n    return x.item()", ":3: .item(): it waits"),
+        ("calls that Paddle means otherwise", "import torch\na, b = x.split(2, dim=1)", ".split(): Paddle takes"),
+        ("calls that Paddle means otherwise", "import torch\na, b = torch.split(x, sizes)", ".split(): Paddle takes"),
+        ("calls that Paddle means otherwise", "import torch\nx.as_strided([1], [1], 1)", ".as_strided()"),
+        ("calls that Paddle means otherwise", "import torch\nx.element_size()", ".element_size()"),
+        ("calls that Paddle means otherwise", "import torch\nx.untyped_storage()", ".untyped_storage(): Paddle lacks"),
+        ("devices of tensors", "import torch\ny = torch.empty([1], device=x.device)", ":2: .device: it raises"),
+        ("devices of tensors", "def f(x):\n    return x.grad.device", ":2: .device"),
+        ("streams", "import torch\ns = torch.cuda.current_stream()", ".current_stream: use launch.current_stream"),
+        ("streams", "import paddle\ns = paddle.device.current_stream(name)", ".current_stream"),
+        ("streams", "def f(stream):\n    return stream.cuda_stream", ".cuda_stream"),
+        ("streams", "def f(given):\n    return given.stream_base.raw_stream", ".raw_stream"),
+        ("streams", "def f(stream):\n    return id(stream)", "id() of a stream"),
+        ("streams", "def f(call):\n    return int(call.stream_id)", "int() of a stream"),
+        ("identity of dtypes", "import torch\nwide = x.dtype is torch.float32", "by identity"),
+        ("identity of dtypes", "import torch\nwide = x.dtype is not y.dtype", "by identity"),
+        ("identity of dtypes", "def f(x):\n    return x.dtype == 'float32'", "with a string"),
+    ],
+)
+def test_what_only_one_framework_does(check, rule, source, words):
+    findings = check({"sonicmoe/jit.py": source + "\n"})
+    assert list(findings) == [rule] and any(words in line for line in findings[rule]), findings
+    assert check({"sonicmoe/jit.py": "", "sonicmoe/functional/layer.py": source + "\n"}) == {}  # torch's own layer
+
+
+def test_what_both_frameworks_do(check):
+    source = """
+import math
+import torch
+import triton.language as tl
+from .launch import beside, current_stream
+
+def f(self, plan, x, pair):
+    low, high = tl.split(pair)
+    name, number = "a 1".split(), str(x).split(",")
+    stream, size, kind = current_stream(x), math.prod(x.shape), self.device or plan.device
+    return torch.zeros([2], dtype=torch.float32, device=beside(x)), x.dtype == torch.float32, x.dtype is None
+"""
+    assert check({"sonicmoe/jit.py": source, "sonicmoe/launch.py": "def f(x):\n    return x.device\n"}) == {}
+
+
 def test_command_line(house, check, tmp_path, monkeypatch, capsys):
     check({"sonicmoe/jit.py": "import sonicmoe\n"})
     monkeypatch.setattr("sys.argv", ["check_house.py", str(tmp_path)])

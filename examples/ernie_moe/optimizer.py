@@ -38,7 +38,10 @@ class MainGradAdamW:
     def step(self):
         for name, p in self.parameters.items():
             main_grad = getattr(p, "main_grad", None)
-            self.masters[name].grad = main_grad if main_grad is not None else _as_fp32(p.grad)
+            if main_grad is not None:
+                self.masters[name].grad = main_grad
+            elif self.masters[name] is not p:  # else the gradient is where it should be
+                self.masters[name].grad = _as_fp32(p.grad)
         self._adamw.step()
         self._write_back()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..launch import beside
 from ..routing.metadata import Routing
 
 
@@ -54,7 +55,7 @@ def make_layout(indices, n_experts: int, comm) -> Layout:
     check_indices(indices)
     held, size = len(experts_of_rank(n_experts, comm.rank, comm.size)), comm.size
     n_tokens, n_topk = checks.shape_of(indices)
-    place = indices.device
+    place = beside(indices)
     expert = indices.to(torch.int64)
     is_one = (expert >= 0) & (expert < n_experts)
     owner = torch.where(is_one, expert // held, torch.full_like(expert, size))  # [T,K]
@@ -94,7 +95,7 @@ def _histogram(values, n: int):
     """How often each of 0..n-1 occurs, int64 [n], without a wait and without atomics."""
     ordered = torch.sort(values.reshape([-1]))
     ordered = ordered if hasattr(ordered, "shape") else ordered[0]
-    bounds = torch.searchsorted(ordered, torch.arange(n + 1, dtype=torch.int64, device=values.device))
+    bounds = torch.searchsorted(ordered, torch.arange(n + 1, dtype=torch.int64, device=beside(values)))
     return (bounds[1:] - bounds[:-1]).to(torch.int64)
 
 
@@ -102,7 +103,7 @@ def _copies(goes_RT, token, n_sent: int, n_topk: int) -> Routing:
     """What the sums over a token's rows read: for them a rank is a slot."""
     size, n_tokens = checks.shape_of(goes_RT)
     copies_T = goes_RT.to(torch.int64).sum(dim=0)
-    first = torch.zeros([1], dtype=torch.int64, device=token.device)
+    first = torch.zeros([1], dtype=torch.int64, device=beside(token))
     return Routing(
         expert_offset=None,
         x_gather_idx=None,
@@ -125,8 +126,8 @@ def _slot_source(owner, is_one, row_RT, n_sent: int):
     n_tokens, n_topk = checks.shape_of(owner)
     n_slots = n_tokens * n_topk
     if n_slots == 0:
-        return torch.zeros([0], dtype=torch.int64, device=owner.device)
-    number = torch.arange(n_slots, dtype=torch.int64, device=owner.device).reshape([n_tokens, n_topk])
+        return torch.zeros([0], dtype=torch.int64, device=beside(owner))
+    number = torch.arange(n_slots, dtype=torch.int64, device=beside(owner)).reshape([n_tokens, n_topk])
     asked = torch.where(is_one, owner * n_tokens + number // n_topk, torch.zeros_like(owner))
     row = row_RT.index_select(0, asked.reshape([n_slots])).reshape([n_tokens, n_topk])
     return torch.where(is_one, row * n_topk + number % n_topk, torch.full_like(row, n_sent * n_topk)).reshape([n_slots])

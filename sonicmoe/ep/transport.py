@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..launch import beside
 from ..quant.formats import QuantTensor
 from ..routing import naive
 from .layout import Layout, make_layout
@@ -120,6 +121,6 @@ def _sum_by_token(rows, layout: Layout):
 
 
 def _to_slots(values_NK, layout: Layout):
-    none = torch.zeros([1], dtype=torch.float32, device=values_NK.device)
+    none = torch.zeros([1], dtype=torch.float32, device=beside(values_NK))
     flat = torch.cat([values_NK.reshape([sum(layout.sent) * layout.n_topk]), none])
     return flat.index_select(0, layout.slot_source).reshape([layout.n_tokens, layout.n_topk])

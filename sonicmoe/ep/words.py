@@ -4,6 +4,7 @@ backend can do with bf16 and e4m3."""
 import torch
 
 from .. import checks
+from ..launch import beside
 
 ITEM_BYTES = {**checks.ITEMSIZE, checks.FP8_DTYPE: 1, "int32": 4}
 
@@ -17,7 +18,7 @@ def to_words(rows):
     n_rows, columns = checks.shape_of(rows)
     wide = words_in(columns, checks.dtype_name(rows))
     if n_rows == 0:
-        return torch.zeros([0, wide], dtype=torch.int32, device=rows.device)
+        return torch.zeros([0, wide], dtype=torch.int32, device=beside(rows))
     rows = rows.contiguous()
     view = rows.view(torch.int32)
     # Paddle's view of a slice in another item size begins at the wrong byte: then that of a copy.
@@ -28,5 +29,5 @@ def from_words(words, dtype: str):
     """[N, words] -> [N,C] of ``dtype``. ``words`` are what an exchange brought, no slice of it."""
     n_rows, wide = checks.shape_of(words)
     if n_rows == 0:
-        return torch.zeros([0, wide * 4 // ITEM_BYTES[dtype]], dtype=getattr(torch, dtype), device=words.device)
+        return torch.zeros([0, wide * 4 // ITEM_BYTES[dtype]], dtype=getattr(torch, dtype), device=beside(words))
     return words.view(getattr(torch, dtype))

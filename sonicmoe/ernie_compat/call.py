@@ -14,6 +14,7 @@ from paddle.autograd import PyLayer
 
 from .. import checks, expert_mlp
 from ..gemm.plan import Plan
+from ..launch import make_current
 from ..quant.formats import QuantTensor
 from ..routing.metadata import Routing
 from .fp8_payload import combine_gradient
@@ -31,7 +32,7 @@ class ExpertCall:
     need_ds: bool
     experts1: tuple[bool, ...]
     experts2: tuple[bool, ...]
-    on_wgrad: Callable  # (PendingWgrad, experts1, experts2) -> None
+    on_wgrad: Callable  # (PendingWgrad, experts1, experts2, check) -> None, see ``_ExpertMlp.backward``
     combine_grad_handle: dict | None = None
     saved: Any = field(default=None, init=False)
     x_version: int = field(default=0, init=False)
@@ -63,6 +64,7 @@ class _ExpertMlp(PyLayer):
         if _version(call.x) != call.x_version:
             raise RuntimeError("x: changed in place after forward, but backward needs it as it was; clone it first")
         n_rows, hidden = checks.shape_of(dout)
+        make_current(dout)  # whatever thread this is
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
         if not isinstance(grad, QuantTensor) and checks.dtype_name(grad) != call.plan.storage:
             grad = grad.astype(call.plan.storage)
@@ -70,8 +72,18 @@ class _ExpertMlp(PyLayer):
             grads = expert_mlp.backward(
                 call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
             )
+            watch = call.weights.watch
+
+            def check(*buffers):
+                """To be called behind the last use of the weights, with the gradient buffers that were added to: if
+                the weights are no longer those of the forward, no number of this backward may pass for one."""
+                if watch is not None:
+                    watch.spoil(grads.dx, grads.ds, *buffers)
+
             if grads.wgrad is not None:
-                call.on_wgrad(grads.wgrad, call.experts1, call.experts2)
+                call.on_wgrad(grads.wgrad, call.experts1, call.experts2, check)
+            else:
+                check()
         # None where an input's stop_gradient is set: Paddle insists. The anchor has served by making this run.
         return grads.dx, grads.ds, None
 

@@ -3,6 +3,7 @@
 from .. import checks
 from ..config import SonicMoEConfig
 from ..gemm.plan import Plan
+from ..launch import arch, is_cuda
 from ..routing import metadata
 from .fp8_payload import activation_payload
 
@@ -72,6 +73,8 @@ def route(indices, probs, counts, n_experts: int, plan: Plan, config: SonicMoECo
     )
 
 
-def place_type(tensor) -> str:
-    """``cpu``, or the accelerator's type without its number."""
-    return checks.place_name(tensor).partition(":")[0]
+def place_facts(tensor) -> dict:
+    """What a plan wants to know of a tensor's place: ``cpu`` or the accelerator's type without its number, and for an
+    NVIDIA GPU its architecture."""
+    kind = checks.place_name(tensor).partition(":")[0]
+    return {"device": kind, "arch": arch(tensor) if kind != "cpu" and is_cuda(tensor) else None}

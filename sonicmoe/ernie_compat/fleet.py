@@ -14,6 +14,7 @@ from .. import checks
 from ..enums import ActivationType, is_glu
 from ..gemm.api import ExpertWeights, GradBuffers
 from ..gemm.plan import Plan, make_plan
+from ..launch import make_current
 from ..quant.api import quantize_weights
 from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
@@ -80,16 +81,19 @@ def run_sonic_moe(
     x = dispatch.engine_input(names, hidden_states, hidden_states_fp8, fp8_scale)
     storage = storage_of(x)
     checks.require_layer_sizes(hidden, intermediate, storage, config.use_fp8)
-    plan = make_plan(config, kind, storage=storage, device=dispatch.place_type(hidden_states), x_name="hidden_states")
+    plan = make_plan(config, kind, storage=storage, x_name="hidden_states", **dispatch.place_facts(hidden_states))
     _check_main_grads(w1, w2)
+    make_current(hidden_states)
     with paddle.no_grad():
         weights = _weights(w1, w2, hidden, intermediate, plan)
         routing = dispatch.route(topk_indices, topk_scores, counts, n_experts, plan, config, "topk_indices")
     train1, train2 = (not w1.stop_gradient,) * n_experts, (not w2.stop_gradient,) * n_experts
 
-    def on_wgrad(wgrad, experts1, experts2):
-        _accumulate("w2", w2, wgrad.accumulate_dw2, experts1, experts2)
-        _accumulate("w1", w1, wgrad.accumulate_dw1, experts1, experts2)
+    place = hidden_states.place
+
+    def on_wgrad(wgrad, experts1, experts2, _):  # these weights are watched by nobody: the caller keeps them
+        _accumulate("w2", w2, place, wgrad.accumulate_dw2, experts1, experts2)
+        _accumulate("w1", w1, place, wgrad.accumulate_dw1, experts1, experts2)
         if release_fp8_weights:
             _release(w1, w2)
 
@@ -172,7 +176,7 @@ def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan) -> ExpertWeight
     return ExpertWeights(None, None, fp8, hidden, intermediate)
 
 
-def _accumulate(point: str, weight, accumulate, experts1, experts2) -> None:
+def _accumulate(point: str, weight, place, accumulate, experts1, experts2) -> None:
     """One weight's gradient into its main_grad, then its backward hook: a reducer must find the whole sum there."""
     if not any(experts1 if point == "w1" else experts2):
         return
@@ -182,7 +186,7 @@ def _accumulate(point: str, weight, accumulate, experts1, experts2) -> None:
     def run_wgrad():
         with _main_grad_lock, paddle.no_grad():
             if getattr(weight, "main_grad", None) is None:
-                weight.main_grad = paddle.zeros(shape, dtype="float32")
+                weight.main_grad = paddle.zeros(shape, dtype="float32", device=place)
             accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, experts1, experts2))
 
     if offer_wgrad(point, weight, run_wgrad):

@@ -47,8 +47,9 @@ class GradAccumulator:
     def pending(self) -> bool:
         return any(self._touched1) or any(self._touched2)
 
-    def accumulate(self, wgrad, experts1: tuple[bool, ...], experts2: tuple[bool, ...]) -> None:
-        """Run both weight gradients of one backward into the buffers. One backward at a time."""
+    def accumulate(self, wgrad, experts1: tuple[bool, ...], experts2: tuple[bool, ...], check=None) -> None:
+        """Run both weight gradients of one backward into the buffers. One backward at a time. ``check`` is called at
+        the end, with what was added to: no flush comes in between."""
         store = self._store
         with self._lock, paddle.no_grad():
             e, h, i, f = store.n_experts, store.hidden_size, store.intermediate_size, store.width
@@ -64,6 +65,8 @@ class GradAccumulator:
             if any(experts2):
                 wgrad.accumulate_dw2(buffers)
                 self._touched2 = [old or new for old, new in zip(self._touched2, experts2, strict=True)]
+            if check is not None:
+                check(self._dw1 if any(experts1) else None, self._dw2 if any(experts2) else None)
 
     def flush(self) -> None:
         """Add everything to the weights' main_grad, in their layout, and start again from zero."""

@@ -12,7 +12,7 @@ from .. import checks, expert_mlp
 from ..config import SonicMoEConfig
 from ..enums import ActivationType
 from ..gemm.plan import Plan, make_plan
-from ..launch import raw_stream
+from ..launch import make_current, raw_stream
 from . import dispatch
 from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
 from .main_grad import GradAccumulator
@@ -57,8 +57,7 @@ class SonicMoEMlpNode:
 
     def _plan(self, storage: str, config: SonicMoEConfig) -> Plan:
         checks.require_layer_sizes(self.hidden_size, self.intermediate_size, storage, config.use_fp8)
-        device = dispatch.place_type(self._store.place_of())
-        return make_plan(config, self.activation_type, storage=storage, device=device)
+        return make_plan(config, self.activation_type, storage=storage, **dispatch.place_facts(self._store.place_of()))
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
@@ -101,6 +100,7 @@ class SonicMoEMlpNode:
             dispatched_hidden_states_scale_layout,
         )
         plan = self._plan(storage_of(engine_x), config)
+        make_current(x)
         with paddle.no_grad():
             routing = dispatch.route(
                 dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config, "dispatched_indices"

@@ -2,7 +2,8 @@
 
 Copies (native layout, FP8) belong to a *weight epoch*. An epoch ends when the bytes of a parameter change, whoever
 changed them. The epoch is told by a fingerprint of those bytes: Paddle's version counters are no witness, because
-neither ``set_value`` (which also loads state dicts) nor an optimizer's kernel moves them.
+neither ``set_value`` (which also loads state dicts) nor an optimizer's kernel moves them. On a GPU the fingerprint is
+taken, compared and acted upon there (``quant.native_copies``), and the host waits for none of it.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from ..enums import is_glu
 from ..gemm.api import ExpertWeights
 from ..gemm.plan import Plan
 from ..quant.api import quantize_weights
+from ..quant.native_copies import NativeCopies
 from .weight_layout_fusion import fused_grouped_w1_to_sonic, fused_transpose_w2_layout
 
 
@@ -41,8 +43,9 @@ class WeightStore:
         self._experts = experts if self.fused else self._as_list(experts)
         self._lock = threading.Lock()
         self._copies: dict = {}  # (storage, recipe) -> ExpertWeights, all of the present epoch
+        self._on_device: dict[tuple, NativeCopies] = {}  # the same, where a GPU keeps them up to date
         self._fingerprint: bytes | None = None
-        self.epoch = 0
+        self._epoch = 0
         self.check()
 
     def _as_list(self, experts):
@@ -113,15 +116,33 @@ class WeightStore:
     def current(self, plan: Plan) -> ExpertWeights:
         """This moment's weights as the engine reads them; copies are shared by all calls of one epoch."""
         self.check()
+        params = self.params1(), self.params2()
         with self._lock:
+            if NativeCopies.can_hold([*params[0], *params[1]], plan.recipe, plan.backend):
+                return self._current_on_device(plan, *params)
             fingerprint = self._read_fingerprint()
             if fingerprint != self._fingerprint:
                 self._fingerprint, self._copies = fingerprint, {}
-                self.epoch += 1
+                self._epoch += 1
             key = (plan.storage, plan.recipe)
             if key not in self._copies:
                 self._copies[key] = self._make(plan)
             return self._copies[key]
+
+    def _current_on_device(self, plan: Plan, params1: list, params2: list) -> ExpertWeights:
+        key = (plan.storage, plan.recipe)
+        copies = self._on_device.get(key)
+        if copies is None:
+            copies = self._on_device[key] = NativeCopies(plan.storage, plan.recipe, self.n_experts, self.glu)
+        with paddle.no_grad():
+            plain1, plain2, fp8, watch = copies.current([p.detach() for p in params1], [p.detach() for p in params2])
+        return ExpertWeights(plain1, plain2, fp8, self.hidden_size, self.intermediate_size, watch)
+
+    @property
+    def epoch(self) -> int:
+        """Where a GPU counts, this waits for it."""
+        with self._lock:
+            return max([self._epoch, *(copies.epoch() for copies in self._on_device.values())])
 
     def _make(self, plan: Plan) -> ExpertWeights:
         with paddle.no_grad():
@@ -141,12 +162,18 @@ class WeightStore:
         """Drop every copy. Calls in flight keep the ones they forwarded with."""
         with self._lock:
             self._copies = {}
+            for copies in self._on_device.values():
+                copies.drop()
 
     def release_fp8(self) -> None:
         """Drop the FP8 copies only."""
         with self._lock:
             self._copies = {key: copy for key, copy in self._copies.items() if key[1] is None}
+            for (_, recipe), copies in self._on_device.items():
+                if recipe is not None:
+                    copies.drop()
 
     def fp8_copies(self) -> int:
         with self._lock:
-            return sum(key[1] is not None for key in self._copies)
+            held = [key for key, copies in self._on_device.items() if copies.held]
+            return sum(key[1] is not None for key in [*self._copies, *held])

@@ -26,6 +26,7 @@ class ExpertWeights:
     fp8: QuantWeights | None
     hidden_size: int
     intermediate_size: int
+    watch: Any = None  # quant.native_copies.Watch, where these are copies that somebody may write again
 
 
 @dataclass

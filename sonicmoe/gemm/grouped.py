@@ -1,14 +1,15 @@
 """Calls of the compiled GEMMs: the argument order of the generator, in one place.
 
 Plain tuples stand for the generator's own argument records, so that a process that trains imports nothing of it. The
-stream is the framework's current one on the tensors' device: TVM-FFI takes it from the tensors themselves.
+stream is the framework's current one on the tensors' device: TVM-FFI takes it from the tensors, ``call_ffi`` where it
+cannot.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from ..launch import multiprocessors
+from ..launch import call_ffi, multiprocessors
 from .gemm_kernel import GemmKernel
 
 _NO_EPILOGUE = (None, None)  # split-K's two buffers, which an epilogue function always carries behind its own
@@ -30,7 +31,7 @@ def _schedule(blocks: int, cluster: int):
 
 def _launch(gemm: Loaded, a, b, d, c, epilogue, segments):
     schedule = _schedule(multiprocessors(d, gemm.multiprocessors), gemm.kernel.tile.cluster)
-    gemm.run(a, b, d, c, epilogue, schedule, segments, None, None)
+    call_ffi(gemm.run, d, a, b, d, c, epilogue, schedule, segments, None, None)
 
 
 def up(gemm: Loaded, x_TH, w1_EFH, z_MF, a_MI, offsets, gather) -> None:

@@ -6,6 +6,7 @@ Expert by expert, so that no more than one expert's rows exist in float32. Shape
 import torch
 
 from ..activation import naive as activation
+from ..launch import beside
 from ..quant import naive as quant
 from ..quant.formats import QuantTensor
 from ..routing import naive as movement
@@ -90,7 +91,7 @@ def _multiply(a, b):
     (a_mK, sa_mB), (b_NK, sb_NB) = a, b
     n_blocks = int(sa_mB.shape[1])
     step = int(a_mK.shape[1]) // n_blocks
-    total = torch.zeros([int(a_mK.shape[0]), int(b_NK.shape[0])], dtype=torch.float32, device=a_mK.device)
+    total = torch.zeros([int(a_mK.shape[0]), int(b_NK.shape[0])], dtype=torch.float32, device=beside(a_mK))
     for block in range(n_blocks):
         k = slice(block * step, (block + 1) * step)
         partial = torch.matmul(a_mK[:, k], b_NK[:, k].transpose(0, 1))
@@ -101,7 +102,7 @@ def _multiply(a, b):
 def _concat(parts, columns: int, dtype, like):
     """Expert segments back to one [M,C] tensor; a rank without rows gets an empty one of the same type."""
     if not parts:
-        return torch.zeros([0, columns], dtype=dtype, device=like.device)
+        return torch.zeros([0, columns], dtype=dtype, device=beside(like))
     return torch.cat(parts, dim=0).to(dtype)
 
 
@@ -176,7 +177,7 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     dz = _into(out_dz, _concat(dz_parts, plan.width(weights.intermediate_size), stored, like))
     pa = _into(out_pa, _concat(pa_parts, weights.intermediate_size, stored, like)) if need_wgrad else None
     if not ds_parts:
-        return dz, pa, torch.zeros([0], dtype=torch.float32, device=like.device)
+        return dz, pa, torch.zeros([0], dtype=torch.float32, device=beside(like))
     ds = torch.cat(ds_parts, dim=0).index_select(0, routing.s_reverse_scatter_idx.to(torch.int64))
     return dz, pa, ds
 

@@ -12,6 +12,7 @@ import torch
 
 from .. import checks
 from ..cache_safety import JitUnavailable
+from ..launch import beside
 from ..quant import naive as quant
 from ..quant.formats import QuantTensor
 from . import grouped, kernel_store
@@ -103,7 +104,7 @@ def combine():
 
 
 def _empty(out, sizes, dtype, like):
-    return torch.empty(sizes, dtype=dtype, device=like.device) if out is None else out
+    return torch.empty(sizes, dtype=dtype, device=beside(like)) if out is None else out
 
 
 def prepare_rows(x, plan):
@@ -150,7 +151,7 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     out_dz, out_pa = out or (None, None)
     dz = z if out_dz is None else out_dz
     pa = _empty(out_pa, [routing.n_rows, weights.intermediate_size], z.dtype, z)
-    parts = torch.empty([routing.n_rows, columns], dtype=torch.float32, device=z.device)
+    parts = torch.empty([routing.n_rows, columns], dtype=torch.float32, device=beside(z))
     if routing.n_rows:
         tensors = (dout_rows, weights.w2_EHI, z, dz, combine().scores_by_row(routing), pa, parts)
         grouped.down_backward(gemm, *tensors, routing.expert_offset, routing.x_gather_idx)

@@ -15,7 +15,7 @@ import torch
 
 from .. import checks, jit
 from ..cache_safety import JitUnavailable
-from ..launch import address, arch, current_stream, multiprocessors
+from ..launch import address, arch, beside, current_stream, multiprocessors
 from ..quant import api as quant
 from ..quant import naive
 from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
@@ -71,15 +71,15 @@ class Gradient:
 
 
 def _bytes(sizes, like):
-    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=like.device)
+    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=beside(like))
 
 
 def _floats(sizes, like):
-    return torch.empty(sizes, dtype=torch.float32, device=like.device)
+    return torch.empty(sizes, dtype=torch.float32, device=beside(like))
 
 
 def _storage(sizes, like, plan: Plan):
-    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=like.device)
+    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=beside(like))
 
 
 def _rows_like(n_rows: int, columns: int, like) -> QuantTensor:
@@ -268,6 +268,4 @@ def _pads_among_their_own(routing):
     out, they are multiplied by 0. The first row of every block of 128 is a real one, so let its pads read that."""
     if routing.n_pad_rows == 0:
         return routing
-    gather, slots = (index.reshape([-1, FP8_ROW_BLOCK]) for index in (routing.x_gather_idx, routing.s_scatter_idx))
-    gather = torch.where(slots < routing.n_slots, gather, gather[:, :1])
-    return replace(routing, x_gather_idx=gather.reshape([-1]))
+    return replace(routing, x_gather_idx=sm90_bf16.combine().gather_without_pads(routing))

@@ -9,6 +9,7 @@ the other values of the block keep their meaning.
 
 import torch
 
+from ..launch import beside
 from .formats import E4M3_MAX, QuantTensor, QuantWeights, Recipe
 
 _E4M3_NAN = 0x7F
@@ -60,8 +61,8 @@ def quantize(x, block: tuple[int, int], *, ue8m0: bool = False, pow2: bool = Fal
     *lead, r, c = [int(size) for size in x.shape]
     if r == 0 or 0 in lead:
         scale_dtype = torch.uint8 if ue8m0 else torch.float32
-        scale = torch.zeros([*lead, r // rows, c // cols], dtype=scale_dtype, device=x.device)
-        return QuantTensor(torch.zeros([*lead, r, c], dtype=torch.float8_e4m3fn, device=x.device), scale, block)
+        scale = torch.zeros([*lead, r // rows, c // cols], dtype=scale_dtype, device=beside(x))
+        return QuantTensor(torch.zeros([*lead, r, c], dtype=torch.float8_e4m3fn, device=beside(x)), scale, block)
     magnitude = torch.where(torch.isfinite(x), x.abs(), torch.zeros_like(x))
     amax = _tiles(magnitude, block).amax(dim=-1).amax(dim=-2)
     # By a tensor: for a plain number torch on a GPU multiplies by its reciprocal, which may be the next float32.
@@ -77,7 +78,7 @@ def quantize(x, block: tuple[int, int], *, ue8m0: bool = False, pow2: bool = Fal
 def dequantize(q: QuantTensor):
     """The float32 values that a QuantTensor stands for."""
     if 0 in [int(size) for size in q.shape]:
-        return torch.zeros([int(size) for size in q.shape], dtype=torch.float32, device=q.data.device)
+        return torch.zeros([int(size) for size in q.shape], dtype=torch.float32, device=beside(q.data))
     return _times_scale(q.data.to(torch.float32), scale_values(q.scale), q.block)
 
 

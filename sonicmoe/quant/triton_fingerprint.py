@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import address
+from ..launch import address, beside
 from ..triton_launch import launch
 
 _ITEM_SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.uint8: 1}
@@ -173,7 +173,7 @@ class Memory(NamedTuple):
 
 
 def make_memory(tensors) -> Memory:
-    places, device = _places(tensors), tensors[0].device
+    places, device = _places(tensors), beside(tensors[0])
     most = sum([-(-(size // 8) // _PART_WORDS) for _, size in places])
     return Memory(
         torch.zeros([len(places), 2], dtype=torch.int64, device=device),
@@ -188,7 +188,7 @@ def fingerprint(tensors, previous=None, table: Table | None = None, memory: Memo
     device, as long as the tensors lie where they lay. With ``memory`` its state is the previous one and takes the new
     one, and the next call writes what this one gave."""
     places = _places(tensors)
-    device = tensors[0].device
+    device = beside(tensors[0])
     if table is None or table.places != places:
         table = _make_table(places, device)
     n = len(places)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import checks
+from ..launch import beside
 from ..triton_launch import launch
 from .formats import E4M3_MAX
 
@@ -82,8 +83,8 @@ def quantize_rows(x_TC, pow2: bool = False):
     """(data [T,C] e4m3, scale [T,C/128] float32) of bf16, fp16 or fp32 rows."""
     _check("x", x_TC, 2, "[T, C]")
     n_rows, width = checks.shape_of(x_TC)
-    data = torch.empty([n_rows, width], dtype=torch.float8_e4m3fn, device=x_TC.device)
-    scale = torch.empty([n_rows, width // _GROUP], dtype=torch.float32, device=x_TC.device)
+    data = torch.empty([n_rows, width], dtype=torch.float8_e4m3fn, device=beside(x_TC))
+    scale = torch.empty([n_rows, width // _GROUP], dtype=torch.float32, device=beside(x_TC))
     n_groups = n_rows * (width // _GROUP)
     if n_groups:
         groups = _ROWS_BYTES // (_GROUP * (4 if x_TC.dtype == torch.float32 else 2))
@@ -93,16 +94,20 @@ def quantize_rows(x_TC, pow2: bool = False):
 
 
 @triton.jit(do_not_specialize_on_alignment=["changed"])
-def _quantize_weight(w, data, scale, data_t, scale_t, changed, R: tl.constexpr, C: tl.constexpr, POW2: tl.constexpr):
-    """One block of 128 x 128, whose bytes go to both orientations. Nothing is done where ``changed`` is 0."""
-    if changed is not None:
-        if tl.load(changed) == 0:
-            return
+def _quantize_weight(
+    w, data, scale, data_t, scale_t, changed,
+    R: tl.constexpr, C: tl.constexpr, HELD: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """One block of 128 x 128, whose bytes go to both orientations. Nothing is done where ``changed``, a flag for each
+    HELD experts, is 0."""
     columns: tl.constexpr = C // _G
     rows: tl.constexpr = R // _G
     block_column = tl.program_id(0) % columns
     block_row = tl.program_id(0) // columns % rows
     expert = (tl.program_id(0) // (columns * rows)).to(tl.int64)
+    if changed is not None:
+        if tl.load(changed + expert // HELD) == 0:
+            return
     column = block_column * _G + tl.arange(0, _G)
     four = tl.arange(0, _FOURS)
     corner = (expert * R + block_row * _G) * C
@@ -126,15 +131,15 @@ def quantize_weight(w_ERC, pow2: bool = False, into=None, changed=None):
     """(data [E,R,C] e4m3, scale [E,R/128,C/128] float32, data_t [E,C,R], scale_t [E,C/128,R/128]) of bf16, fp16 or
     fp32 weights, from one read.
 
-    ``into`` is what an earlier call gave, to be written again; with ``changed``, one int32 on the device, only where
-    that is not 0.
+    ``into`` is what an earlier call gave, to be written again; with ``changed``, int32 on the device, one for all
+    experts or for each share of them, only where that is not 0.
     """
     _check("w", w_ERC, 3, "[E, R, C]")
     n_experts, n_rows, n_columns = checks.shape_of(w_ERC)
     rows, columns = n_rows // _GROUP, n_columns // _GROUP
 
     def room(dtype, *size):
-        return torch.empty([n_experts, *size], dtype=dtype, device=w_ERC.device)
+        return torch.empty([n_experts, *size], dtype=dtype, device=beside(w_ERC))
 
     if into is None:
         plain = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
@@ -142,7 +147,9 @@ def quantize_weight(w_ERC, pow2: bool = False, into=None, changed=None):
     n_blocks = n_experts * rows * columns
     if n_blocks:
         operands = (w_ERC.contiguous(), *into, changed)
-        launch(_quantize_weight, n_blocks, operands, {"R": n_rows, "C": n_columns, "POW2": pow2}, num_warps=8)
+        held = n_experts if changed is None else n_experts // int(changed.shape[0])
+        constants = {"R": n_rows, "C": n_columns, "HELD": held, "POW2": pow2}
+        launch(_quantize_weight, n_blocks, operands, constants, num_warps=8)
     return into
 
 
@@ -212,8 +219,8 @@ def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True, co
     if n_rows % _GROUP:
         raise ValueError(f"routing: got {n_rows} rows, need a multiple of {_GROUP}")
     n_blocks = n_rows // _GROUP
-    data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=rows.device)
-    scale = torch.empty([n_blocks, width], dtype=torch.float32, device=rows.device)
+    data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=beside(rows))
+    scale = torch.empty([n_blocks, width], dtype=torch.float32, device=beside(rows))
     if n_blocks and width:
         at_once = 64 if row_scale is None else 128  # whole lines of 16-bit and of 8-bit rows
         gather = routing.x_gather_idx if gathered else None

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..launch import address, cut
+from ..launch import address, beside, cut
 
 
 class Arrays:
@@ -15,7 +15,7 @@ class Arrays:
         # read the one 16 bytes at a time, and the GEMMs take the others only so.
         slack = -(n_experts + 1 + workspace) % 4
         sizes = [workspace, n_experts + 1, slack, n_rows, n_rows, n_rows, n_slots, n_tokens + 1, n_slots]
-        whole = torch.empty([sum(sizes)], dtype=torch.int32, device=like.device)
+        whole = torch.empty([sum(sizes)], dtype=torch.int32, device=beside(like))
         self.workspace, offset, _, gather, scatter, scores, reverse, slot_offset, source = cut(whole, sizes)
         self.views = {
             "expert_offset": offset,

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from .. import checks
+from ..launch import beside
 
 if find_spec("triton") is not None:
     from . import triton_counts
@@ -14,7 +15,7 @@ else:
 
 def count(ids, n: int):
     """How often each of 0..n-1 occurs, int32 [n]."""
-    found = torch.zeros(n, dtype=torch.int32, device=ids.device)
+    found = torch.zeros(n, dtype=torch.int32, device=beside(ids))
     return found.scatter_add_(0, ids.to(torch.int64), torch.ones_like(ids, dtype=torch.int32))
 
 

@@ -2,9 +2,11 @@
 
 import torch
 
+from ..launch import beside
+
 
 def _zeros(size, dtype, like):
-    return torch.zeros([size], dtype=dtype, device=like.device)
+    return torch.zeros([size], dtype=dtype, device=beside(like))
 
 
 def _running_sum(counts):
@@ -30,7 +32,7 @@ def _build(indices, probs, n_experts: int, block: int) -> dict:
     source = torch.nonzero(valid_TK).reshape([-1])  # compact slot -> flat (t,k)
     expert = expert_TK.index_select(0, source)
     n_slots = int(source.shape[0])
-    slot = torch.arange(n_slots, dtype=torch.int64, device=indices.device)
+    slot = torch.arange(n_slots, dtype=torch.int64, device=beside(indices))
     order = torch.argsort(expert, stable=True)  # real sorted position -> compact slot
     counts = torch.bincount(expert, minlength=n_experts)
     padded = (counts + (block - 1)) // block * block
@@ -38,7 +40,7 @@ def _build(indices, probs, n_experts: int, block: int) -> dict:
     n_rows = int(padded_start[n_experts])
 
     row = slot + (padded_start - start).index_select(0, expert.index_select(0, order))
-    is_pad = torch.ones([n_rows], dtype=torch.int64, device=indices.device)
+    is_pad = torch.ones([n_rows], dtype=torch.int64, device=beside(indices))
     is_pad = is_pad.scatter(0, row, torch.zeros_like(row))
     pad_slot = n_slots + torch.cumsum(is_pad, dim=0) - 1
     token = source // n_topk
@@ -90,7 +92,7 @@ def sum_slots(rows_MH, routing, dtype, scores=None):
     the same whatever the routing is.
     """
     width = int(rows_MH.shape[1])
-    total = torch.zeros([routing.n_tokens, width], dtype=torch.float32, device=rows_MH.device)
+    total = torch.zeros([routing.n_tokens, width], dtype=torch.float32, device=beside(rows_MH))
     if routing.n_slots == 0:
         return total.to(dtype)
     rows_MH = rows_MH.to(torch.float32)  # not every framework gathers every narrow type
@@ -112,7 +114,7 @@ def scatter_slot_grads(grad_S, routing):
     """[S] gradients of the scores -> [T,K], 0 where no expert of this rank was meant; a list of slots keeps [S]."""
     if routing.n_topk is None:
         return grad_S
-    flat = torch.zeros([routing.n_tokens * routing.n_topk], dtype=torch.float32, device=grad_S.device)
+    flat = torch.zeros([routing.n_tokens * routing.n_topk], dtype=torch.float32, device=beside(grad_S))
     if routing.n_slots:
         flat = flat.scatter(0, routing.score_src_idx.to(torch.int64), grad_S)
     return flat.reshape([routing.n_tokens, routing.n_topk])

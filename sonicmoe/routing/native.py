@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from .. import checks, jit
-from ..launch import address, arch, current_stream
+from ..launch import address, arch, beside, current_stream
 from .arrays import Arrays, Bound, counts_on_host
 
 _NAME = "deepep_topk_metadata"
@@ -78,7 +78,7 @@ def _scale_rows(scales, n_rows: int):
         return None, None, 0
     words = int(scales.shape[1])
     source = scales.contiguous()
-    return source, torch.empty([n_rows, words], dtype=scales.dtype, device=scales.device), words
+    return source, torch.empty([n_rows, words], dtype=scales.dtype, device=beside(scales)), words
 
 
 def check_rows(indices, n_experts: int, cache_dir) -> tuple[int, int] | None:
@@ -89,7 +89,7 @@ def check_rows(indices, n_experts: int, cache_dir) -> tuple[int, int] | None:
     if checks.is_cpu(indices):
         verdict = module.check(inputs)
     else:
-        found = torch.zeros([1], dtype=torch.int64, device=indices.device)
+        found = torch.zeros([1], dtype=torch.int64, device=beside(indices))
         module.launch_check(inputs, address(found), current_stream(indices))
         verdict = int(found[0])
     return None if verdict < 0 else (verdict // 4, verdict % 4)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from ..config import SonicMoEConfig
+from ..launch import beside
 from .metadata import Routing
 from .metadata import build as build_routing
 
@@ -23,10 +24,10 @@ def build(tokens, experts, scores, n_tokens: int, n_experts: int, block: int, co
     column = [n_slots, 1]
     experts, scores = experts.reshape(column), scores.reshape(column)
     rows = build_routing(experts, scores, n_experts, block, config, index_name="expert_indices", all_valid=True)
-    per_token = torch.zeros([n_tokens], dtype=torch.int64, device=tokens.device)
+    per_token = torch.zeros([n_tokens], dtype=torch.int64, device=beside(tokens))
     tokens = tokens.to(torch.int64)
     per_token = per_token.scatter_add(0, tokens, torch.ones_like(tokens))
-    first = torch.zeros([1], dtype=torch.int64, device=tokens.device)
+    first = torch.zeros([1], dtype=torch.int64, device=beside(tokens))
     return dataclasses.replace(
         rows,
         x_gather_idx=_tokens_of_rows(rows, tokens),

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from .. import checks
+from ..launch import beside
 
 if find_spec("triton") is not None:
     from . import triton_topk
@@ -38,7 +39,7 @@ def topk_softmax_forward(logits, k: int):
     n_tokens, n_experts = [int(size) for size in logits.shape]
     logits = logits.to(torch.float32)
     chosen = torch.argsort(logits, dim=-1, descending=True, stable=True)[:, :k]
-    first = torch.arange(n_tokens, dtype=torch.int64, device=logits.device).reshape([n_tokens, 1]) * n_experts
+    first = torch.arange(n_tokens, dtype=torch.int64, device=beside(logits)).reshape([n_tokens, 1]) * n_experts
     values = logits.reshape([n_tokens * n_experts]).index_select(0, (chosen + first).reshape([n_tokens * k]))
     scores = torch.softmax(values.reshape([n_tokens, k]), dim=-1)
     return scores, chosen.to(torch.int32)
@@ -48,7 +49,7 @@ def topk_softmax_backward(dscores, scores, indices, n_experts: int, out_dtype):
     n_tokens, k = [int(size) for size in scores.shape]
     dscores = dscores.to(torch.float32)
     dvalues = scores * (dscores - (dscores * scores).sum(dim=-1, keepdim=True))
-    first = torch.arange(n_tokens, dtype=torch.int64, device=scores.device).reshape([n_tokens, 1]) * n_experts
+    first = torch.arange(n_tokens, dtype=torch.int64, device=beside(scores)).reshape([n_tokens, 1]) * n_experts
     where = (indices.to(torch.int64) + first).reshape([n_tokens * k])
-    dlogits = torch.zeros([n_tokens * n_experts], dtype=torch.float32, device=scores.device)
+    dlogits = torch.zeros([n_tokens * n_experts], dtype=torch.float32, device=beside(scores))
     return dlogits.scatter(0, where, dvalues.reshape([n_tokens * k])).to(out_dtype).reshape([n_tokens, n_experts])

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import beside
 from ..triton_launch import launch, next_power_of_2
 
 _INDEX_ARRAYS = ["reverse", "slot_offset", "scores", "scatter", "source"]
@@ -65,7 +66,7 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
     """
     width = int(rows_MH.shape[1])
     if out is None:
-        out = torch.empty([routing.n_tokens, width], dtype=dtype, device=rows_MH.device)
+        out = torch.empty([routing.n_tokens, width], dtype=dtype, device=beside(rows_MH))
     apart = int(out.shape[1])
     if apart != width:
         out = out[:, first : first + width]
@@ -110,10 +111,28 @@ def _scores_by_row(scores, scatter, out, n_rows, ROWS: tl.constexpr):
 
 def scores_by_row(routing):
     """[M] float32: each sorted row's score, 0 for pads."""
-    out = torch.empty([routing.n_rows], dtype=torch.float32, device=routing.scores.device)
+    out = torch.empty([routing.n_rows], dtype=torch.float32, device=beside(routing.scores))
     if routing.n_rows:
         operands = (routing.scores, routing.s_scatter_idx, out, routing.n_rows)
         launch(_scores_by_row, -(-routing.n_rows // _THREADS), operands, {"ROWS": _THREADS}, num_warps=_THREADS // 32)
+    return out
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
+def _gather_without_pads(gather, scatter, out, n_rows, n_slots, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = tl.load(scatter + row, mask=row < n_rows, other=0) < n_slots
+    source = tl.where(real, row, row // BLOCK * BLOCK)
+    tl.store(out + row, tl.load(gather + source, mask=row < n_rows, other=0), mask=row < n_rows)
+
+
+def gather_without_pads(routing):
+    """``x_gather_idx`` with each pad row's token that of the first row of its block, which is never a pad."""
+    out = torch.empty([routing.n_rows], dtype=torch.int32, device=beside(routing.x_gather_idx))
+    if routing.n_rows:
+        operands = (routing.x_gather_idx, routing.s_scatter_idx, out, routing.n_rows, routing.n_slots)
+        constants = {"BLOCK": routing.block, "ROWS": _THREADS}
+        launch(_gather_without_pads, -(-routing.n_rows // _THREADS), operands, constants, num_warps=_THREADS // 32)
     return out
 
 
@@ -167,7 +186,7 @@ def finish_ds(partials_MB, routing):
     listed = routing.n_topk is None
     n_rows, k = (routing.n_slots, 1) if listed else (routing.n_tokens, routing.n_topk)
     size = [n_rows] if listed else [n_rows, k]
-    ds = torch.empty(size, dtype=torch.float32, device=partials_MB.device)
+    ds = torch.empty(size, dtype=torch.float32, device=beside(partials_MB))
     if n_rows == 0:
         return ds
     if routing.n_slots == 0:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import beside
 from ..triton_launch import launch
 
 
@@ -22,7 +23,7 @@ def _slots_of_experts(offset, scatter, counts, n_slots, BLOCK: tl.constexpr):
 def slots_of_experts(routing):
     """[E] int32, for a block that is a power of two."""
     offset = routing.expert_offset
-    counts = torch.empty([routing.n_experts], dtype=torch.int32, device=offset.device)
+    counts = torch.empty([routing.n_experts], dtype=torch.int32, device=beside(offset))
     operands = (offset, routing.s_scatter_idx, counts, routing.n_slots)
     launch(_slots_of_experts, routing.n_experts, operands, {"BLOCK": routing.block}, num_warps=1)
     return counts

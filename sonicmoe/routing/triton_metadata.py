@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_launch import prepare
 from .arrays import Arrays, counts_on_host, sizes
 
 _TILE = 128
@@ -122,6 +123,7 @@ def build(indices, probs, n_experts: int, block: int, counts, cache_dir=None, sc
         views["expert_offset"].zero_()
         views["slot_offset"].zero_()
     else:
+        prepare(indices)
         bins = triton.next_power_of_2(n_experts + 1)
         totals, tile_count = arrays.workspace[: n_experts + 1], arrays.workspace[n_experts + 1 :]
         _count_tiles[(n_tiles,)](indices, tile_count, total, n_experts, n_tiles, BINS=bins, TILE=_TILE)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import beside
 from ..triton_launch import launch, next_power_of_2
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -72,13 +73,13 @@ def _sizes(n_experts: int, hidden: int, wide: bool) -> tuple[dict, int]:
 def gradient(dlogits_TE, x_TH, out_dtype):
     """[E,H] of ``out_dtype``."""
     n_tokens, n_experts, hidden = int(dlogits_TE.shape[0]), int(dlogits_TE.shape[1]), int(x_TH.shape[1])
-    out = torch.empty([n_experts, hidden], dtype=out_dtype, device=x_TH.device)
+    out = torch.empty([n_experts, hidden], dtype=out_dtype, device=beside(x_TH))
     constants, cover = _sizes(n_experts, hidden, dlogits_TE.dtype == torch.float32)
     steps = -(-n_tokens // constants["TOKENS"])
     n_parts = max(1, min(_PROGRAMS // cover, steps // _STEPS))
     share = -(-steps // n_parts) * constants["TOKENS"]
     n_parts = -(-n_tokens // share) if share else 0
-    parts = torch.empty([n_parts, n_experts, hidden], dtype=torch.float32, device=x_TH.device)
+    parts = torch.empty([n_parts, n_experts, hidden], dtype=torch.float32, device=beside(x_TH))
     if n_parts:
         operands = (dlogits_TE.contiguous(), x_TH.contiguous(), parts, n_tokens, share)
         launch(_products, cover * n_parts, operands, constants, num_warps=4)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import beside
 from ..triton_launch import launch, next_power_of_2
 
 _WARPS = 4
@@ -83,8 +84,8 @@ def switch_loss(logits_TE, frequency_E):
     n_tokens, n_experts = int(logits_TE.shape[0]), int(logits_TE.shape[1])
     sizes = _sizes(n_experts)
     n_parts = min(-(-n_tokens // sizes["ROWS"]), _PROGRAMS)
-    loss = torch.empty([], dtype=torch.float32, device=logits_TE.device)
-    partials = torch.empty([max(n_parts, 1), n_experts], dtype=torch.float32, device=logits_TE.device)
+    loss = torch.empty([], dtype=torch.float32, device=beside(logits_TE))
+    partials = torch.empty([max(n_parts, 1), n_experts], dtype=torch.float32, device=beside(logits_TE))
     if n_parts:
         launch(_column_sums, n_parts, (logits_TE.contiguous(), partials, n_tokens), sizes, num_warps=_WARPS)
     operands = (partials, frequency_E, loss, n_parts)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import beside
 from ..triton_launch import launch, next_power_of_2
 
 MAX_EXPERTS = 1024
@@ -145,8 +146,8 @@ def topk_softmax_forward(logits_TE, k: int):
         raise ValueError(f"k: got {k}, need 1 to {min(MAX_TOPK, n_experts)}")
     if logits_TE.dtype == torch.float64:
         logits_TE = logits_TE.to(torch.float32)
-    scores = torch.empty([n_tokens, k], dtype=torch.float32, device=logits_TE.device)
-    indices = torch.empty([n_tokens, k], dtype=torch.int32, device=logits_TE.device)
+    scores = torch.empty([n_tokens, k], dtype=torch.float32, device=beside(logits_TE))
+    indices = torch.empty([n_tokens, k], dtype=torch.int32, device=beside(logits_TE))
     if n_tokens:
         tile, tiles, rows = _shape(n_experts, logits_TE.dtype == torch.float32)
         k_lanes = next_power_of_2(k)
@@ -163,7 +164,7 @@ def topk_softmax_forward(logits_TE, k: int):
 def topk_softmax_backward(dscores_TK, scores_TK, indices_TK, n_experts: int, out_dtype):
     """dlogits [T,E] of ``out_dtype``, 0 where nothing was chosen. ``scores`` and ``indices`` are the forward's."""
     n_tokens, k = int(scores_TK.shape[0]), int(scores_TK.shape[1])
-    dlogits = torch.empty([n_tokens, n_experts], dtype=out_dtype, device=scores_TK.device)
+    dlogits = torch.empty([n_tokens, n_experts], dtype=out_dtype, device=beside(scores_TK))
     if n_tokens:
         tile, tiles, rows = _shape(n_experts, out_dtype == torch.float32)
         launch(

@@ -7,7 +7,7 @@ from tests.support import children, triton_runs
 pytestmark = pytest.mark.torch
 
 CHECKS = ("check_sum_slots", "check_order_of_addition", "check_scores_by_row", "check_finish_ds")
-CHECKS += ("check_list_of_slots", "check_slots_of_experts")
+CHECKS += ("check_list_of_slots", "check_slots_of_experts", "check_gather_without_pads")
 
 
 @pytest.fixture(scope="module")

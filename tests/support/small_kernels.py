@@ -149,6 +149,19 @@ def check_scores_by_row(device, shapes=ROUTINGS):
     return found
 
 
+def check_gather_without_pads(device, shapes=ROUTINGS):
+    found, pads = [], 0
+    for _, routing, about in routings(device, shapes):
+        wanted = routing.x_gather_idx.clone()
+        for row, slot in enumerate(routing.s_scatter_idx.tolist()):
+            if slot >= routing.n_slots:
+                wanted[row] = routing.x_gather_idx[row // routing.block * routing.block]
+                pads += 1
+        if not same_bits(triton_combine.gather_without_pads(routing), wanted):
+            found.append(f"gather_without_pads {about}")
+    return found if pads else ["gather_without_pads: no routing had a pad"]
+
+
 def check_list_of_slots(device, n_slots=50, n_tokens=9):
     """Any number of slots a token, and K is not known."""
     rng = np.random.default_rng(1)
@@ -349,6 +362,7 @@ CHECKS = {
         check_sum_slots,
         check_order_of_addition,
         check_scores_by_row,
+        check_gather_without_pads,
         check_finish_ds,
         check_list_of_slots,
         check_slots_of_experts,

@@ -94,7 +94,7 @@ def routing_of(torch, n_tokens, topk, draw, block=1):
 
 def call_everything(torch, n_tokens, draw):
     """One model's calls: H=3072, K=8, E=32."""
-    from sonicmoe.quant import triton_fingerprint, triton_quantize
+    from sonicmoe.quant import triton_fingerprint, triton_native, triton_quantize
     from sonicmoe.routing import (
         triton_combine,
         triton_counts,
@@ -118,11 +118,18 @@ def call_everything(torch, n_tokens, draw):
     weights = [flat[start:] for start in range(draw.randint(1, 5))]
     first = triton_fingerprint.fingerprint(weights)
     triton_fingerprint.fingerprint(weights, first.state, first.table)
+    experts = [torch.zeros([256, 3072], dtype=torch.bfloat16) for _ in range(2)]
+    table, room = triton_fingerprint.fingerprint(experts).table, triton_native.room(2, experts[0], torch.bfloat16)
+    flags = torch.zeros([8], dtype=torch.int32)[draw.randint(0, 5) :]
+    triton_native.to_native(experts, draw.randint(0, 3), 2, table, flags, room, True)
+    triton_native.count_change(flags[1:], flags, flags[2:], 2)
+    triton_native.spoil_if_changed(flags[1:], flags, flags[2:], (rows, routing.scores, logits))
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
     triton_router_weight.gradient(logits, x, torch.bfloat16)
     triton_quantize.quantize_rows(x)
     triton_quantize.quantize_weight(torch.zeros([1, 256, 3072], dtype=torch.bfloat16))
     padded = routing_of(torch, n_tokens, 8, draw, 128)
+    triton_combine.gather_without_pads(padded)
     triton_counts.slots_of_experts(padded)
     triton_quantize.quantize_tokens(x, padded)
 

@@ -28,6 +28,8 @@ LAYERS = (
         "capabilities",
         "cache_safety",
         "lazy",
+        "cuda_driver",
+        "plugin_tensor",
         "wgrad_deferral",
         "jit",
         "launch",
@@ -39,6 +41,23 @@ LAYERS = (
     ("__init__",),
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+# Never runs under Paddle, and says so there.
+TORCH_LAYER = ("functional/", "moe.py", "ep/torch_", "ep/deepep.py")
+# Where frameworks are asked for devices and streams.
+ASKS_FOR_DEVICES = ("launch.py", "checks.py", "plugin_tensor.py", "cuda_driver.py")
+STREAM_HANDLES = {"cuda_stream", "raw_stream", "stream_base"}
+# Method -> why it must not be called on a tensor. tests/test_torch_parity.py looks whether it is still so.
+TRAPS = {
+    "numel": "Paddle gives a tensor, and on a GPU a wait; use math.prod(x.shape)",
+    "element_size": "some Paddle gives a tensor; look the size up by dtype",
+    "item": "it waits for the device; keep the number on the host, or use int() where a wait is meant",
+    "split": "Paddle takes the number of parts, torch their size; slice instead",
+    "as_strided": "Paddle counts the offset in bytes, torch in elements; slice instead",
+    "nelement": "Paddle lacks it; use math.prod(x.shape)",
+    "storage": "Paddle lacks it",
+    "untyped_storage": "Paddle lacks it",
+}
 
 
 def sources(root):
@@ -212,12 +231,113 @@ def circles(edges):
     ]
 
 
+def aliases(tree, framework):
+    """{local name: dotted name} of everything that a module imports of a framework."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == framework:
+                    found[alias.asname or framework] = alias.name if alias.asname else framework
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.partition(".")[0] == framework:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def engine_modules(root):
+    """(path below the package, path, tree) of the modules that may meet tensors of either framework."""
+    for path, tree in modules(root, PACKAGE):
+        inside = path.relative_to(root / PACKAGE).as_posix()
+        if not inside.startswith(TORCH_LAYER):
+            yield inside, path, tree
+
+
+def attributes(tree):
+    """(node, what stands before the dot if it is a name) of each attribute that is read."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node, getattr(node.value, "id", None)
+
+
+def no_trap(root):
+    found = []
+    for _, path, tree in engine_modules(root):
+        triton = aliases(tree, "triton")
+        if not (aliases(tree, "torch") or aliases(tree, "paddle")):
+            continue
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TRAPS):
+                continue
+            name, first = node.func.attr, node.args[0] if node.args else None
+            text = name == "split" and (first is None or isinstance(getattr(first, "value", None), str))
+            if not (text or getattr(node.func.value, "id", None) in triton):  # str.split, tl.split
+                found.append(finding(root, path, node.lineno, f".{name}(): {TRAPS[name]}"))
+    return found
+
+
+def no_device_of_a_tensor(root):
+    advice = "it raises under Paddle where a plugin drives the GPU; use launch.beside or checks.place_name"
+    return [
+        finding(root, path, node.lineno, f".device: {advice}")
+        for inside, path, tree in engine_modules(root)
+        if inside not in ASKS_FOR_DEVICES
+        for node, owner in attributes(tree)
+        if node.attr == "device" and owner not in {"self", "plan", *aliases(tree, "torch"), *aliases(tree, "paddle")}
+    ]
+
+
+def streams_are_asked_for_once(root):
+    """Frameworks hand out objects, kernels take addresses; the id of an object has passed for an address before."""
+    found = []
+    for inside, path, tree in engine_modules(root):
+        if inside in ASKS_FOR_DEVICES:
+            continue
+        of_framework = {*aliases(tree, "torch"), *aliases(tree, "paddle")}
+        for node, _ in attributes(tree):
+            start = node.value
+            while isinstance(start, ast.Attribute):
+                start = start.value
+            asks = node.attr == "current_stream" and getattr(start, "id", None) in of_framework
+            if node.attr in STREAM_HANDLES or asks:
+                found.append(finding(root, path, node.lineno, f".{node.attr}: use launch.current_stream or raw_stream"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("id", "int") and node.args:
+                if "stream" in (getattr(node.args[0], "id", "") or getattr(node.args[0], "attr", "")):
+                    found.append(
+                        finding(root, path, node.lineno, f"{node.func.id}() of a stream: use launch.raw_stream")
+                    )
+    return found
+
+
+def dtypes_are_equal_not_identical(root):
+    """Paddle makes dtype objects anew, and has names that torch's do not equal."""
+    found = []
+    for _, path, tree in engine_modules(root):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Compare):
+                continue
+            sides = [node.left, *node.comparators]
+            if not any(isinstance(side, ast.Attribute) and side.attr == "dtype" for side in sides):
+                continue
+            none = any(isinstance(side, ast.Constant) and side.value is None for side in sides)
+            text = any(isinstance(side, ast.Constant) and isinstance(side.value, str) for side in sides)
+            identity = any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+            if text or (identity and not none):
+                how = "with a string" if text else "by identity"
+                found.append(finding(root, path, node.lineno, f"a dtype compared {how}: use == or checks.dtype_name"))
+    return found
+
+
 RULES = {
     "file length": file_length,
     "no global statement": no_global_statement,
     "no leftover names": no_leftover_names,
     "relative imports": no_absolute_self_import,
     "one-way imports": one_way_imports,
+    "calls that Paddle means otherwise": no_trap,
+    "devices of tensors": no_device_of_a_tensor,
+    "streams": streams_are_asked_for_once,
+    "identity of dtypes": dtypes_are_equal_not_identical,
 }
 
 
