@@ -13,6 +13,7 @@ import pytest
 from tests.support import children, floors
 from tests.support.problems import ROUTINGS, make_problem, to_bf16
 from tests.workers.torch_names import resolve
+from tools.ci.check_house import aliases, engine_modules
 
 WORKER = children.WORKERS / "engine_parity.py"
 NAMES_WORKER = children.WORKERS / "torch_names.py"
@@ -272,30 +273,13 @@ def test_forward_and_backward(results, case):
 
 PACKAGE = children.ROOT / "sonicmoe"
 LAUNCH = PACKAGE / "launch.py"  # the one place that asks a framework for streams and devices
-TORCH_LAYER = (PACKAGE / "functional", PACKAGE / "moe.py")  # never runs under Paddle, and says so there
 
 
 def framework_modules():
     """(path, tree) of the package's modules that import a framework and may meet either."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if any(path.is_relative_to(part) for part in TORCH_LAYER):
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for _, path, tree in engine_modules(children.ROOT):
         if any(aliases(tree, name) for name in ("torch", "paddle")):
             yield path, tree
-
-
-def aliases(tree, framework) -> dict[str, str]:
-    """{local name: dotted name} of everything that a module imports of a framework."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.partition(".")[0] == framework:
-                    found[alias.asname or framework] = alias.name if alias.asname else framework
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.partition(".")[0] == framework:
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 def dotted_uses(tree, framework="torch") -> dict[str, int]:
