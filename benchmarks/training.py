@@ -14,6 +14,7 @@ import argparse
 import csv
 import itertools
 import pathlib
+import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -133,15 +134,19 @@ def compare(rows: list[dict], bound: float) -> bool:
         if not mine:
             continue
         last, end = [float(row["loss"]) for row in mine[-LAST:]], mine[-1]
-        found = sum(last) / len(last), float(end["held_out"])
+        found = statistics.fmean(last), float(end["held_out"])
         apart[precision, seed] = found
         print(f"seed {seed}, {precision}: training loss {found[0]:.4f}, held out {found[1]:.4f} nats a byte", end="")
         print(f" ({float(end['held_out_in_other']):.4f} in {OTHER[precision]})", end="")
         ratios = [mine / base - 1 for mine, base in zip(found, apart["bf16", seed], strict=True)]
         print("" if precision == "bf16" else f", {ratios[0]:+.2%} and {ratios[1]:+.2%} against BF16")
     ratios = [[apart["fp8", seed][of] / apart["bf16", seed][of] - 1 for seed in seeds] for of in range(2)]
-    means = [sum(each) / len(each) for each in ratios]
-    print(f"FP8 against BF16, mean of {len(seeds)} seeds: {means[0]:+.2%} and {means[1]:+.2%}, bound {bound:.1%}")
+    means = [statistics.fmean(each) for each in ratios]
+    said = f"FP8 against BF16, mean of {len(seeds)} seeds: {means[0]:+.2%} and {means[1]:+.2%}, bound {bound:.1%}"
+    if len(seeds) > 1:
+        errors = [statistics.stdev(each) / len(seeds) ** 0.5 for each in ratios]
+        said += f", standard error {errors[0]:.2%} and {errors[1]:.2%}"
+    print(said)
     return all(abs(mean) <= bound for mean in means)
 
 
@@ -188,6 +193,8 @@ def main(argv=None) -> int:
     parser.add_argument("--plot", metavar="FILE", help="the curves")
     parser.add_argument("--from-csv", metavar="FILE", help="train nothing; compare and plot this table")
     args = parser.parse_args(argv)
+    if not {"bf16", "fp8"} <= set(args.precisions):
+        parser.error(f"--precisions: got {' '.join(args.precisions)}, need bf16 and fp8, which are compared")
     if args.from_csv:
         with open(args.from_csv, newline="", encoding="utf-8") as source:
             rows = list(csv.DictReader(source))

@@ -54,6 +54,20 @@ def test_training_in_both_precisions(tmp_path):
     assert subprocess.run([*compare, "--bound", "0.02"], capture_output=True).returncode == 0
     assert png.read_bytes().startswith(b"\x89PNG")
     assert subprocess.run([*compare, "--bound", "0"], capture_output=True).returncode == 1
+    alone = subprocess.run([*compare, "--precisions", "fp8"], capture_output=True, text=True)
+    assert alone.returncode == 2 and "need bf16 and fp8" in alone.stderr
+
+
+def test_training_tells_how_far_seeds_lie_apart(tmp_path):
+    """+2% and -4% by seed: the mean is -1%, its standard error 3%."""
+    table = tmp_path / "t.csv"
+    rows = [(0, "bf16", 2.0), (0, "fp8", 2.04), (1, "bf16", 3.0), (1, "fp8", 2.88)]
+    lines = [f"{seed},0,{precision},{loss},{loss},{loss},GPU" for seed, precision, loss in rows]
+    table.write_text("\n".join(["seed,step,precision,loss,held_out,held_out_in_other,device", *lines]))
+    command = [sys.executable, ROOT / "benchmarks/training.py", "--from-csv", table, "--bound", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wanted = "mean of 2 seeds: -1.00% and -1.00%, bound 2.0%, standard error 3.00% and 3.00%"
+    assert done.returncode == 0 and wanted in done.stdout, done.stdout + done.stderr
 
 
 # ---- benchmarks/moe.py: what is made of figures ----------------------------------------------------------------------
