@@ -179,7 +179,7 @@ def time_parts(rank: Rank, layer, sizes, args):
         rank.dist.barrier()
         rank.wait()
         marks = [rank.now()]
-        call = tape.open_call(indices, x, probs, layer.num_experts, layer.transport, layer.wire)
+        (call,) = tape.open_calls([(x, probs, indices)], layer.num_experts, layer.transport, layer.wire)
         rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
         marks.append(rank.now())
         rows_in, probs_in = rows.detach().requires_grad_(), row_probs.detach().requires_grad_()

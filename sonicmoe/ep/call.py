@@ -1,5 +1,6 @@
 """One dispatch with its combine, and their gradients: what the tapes of both frameworks call.
 
+    plan_calls
     begin_dispatch, finish_dispatch  [experts]  begin_combine, finish_combine
     and backward:  finish_combine, begin_combine  [experts]  finish_dispatch, begin_dispatch
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from .. import checks
 from ..quant.api import quantize_rows
 from ..quant.formats import Recipe, make_recipe
+from . import layout
 from .transport import Dispatched
 
 # What Hopper's kernels take as it comes: float32 scales for 128 channels. DeepEP has the same.
@@ -31,9 +33,24 @@ class Wire:
                 raise ValueError(f"{name}: got True with {hidden} channels, need a multiple of {checks.FP8_ALIGN}")
 
 
+def plan_calls(pieces, n_experts: int, transport, wire: Wire | None, needs_grad) -> list["EpCall"]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]), all planned at once. All ranks call it together."""
+    wire = Wire() if wire is None else wire
+    for x, probs, indices in pieces:
+        wire.check(checks.shape_of(x)[1])
+        layout.check_indices(indices)
+        checks.require_shape("probs", probs, (x.shape[0], indices.shape[1]), "[T, K], T rows as in x")
+        checks.require_dtype("probs", probs, ("float32",))
+    planned = transport.plan([(indices, probs.detach()) for _, probs, indices in pieces], n_experts)
+    return [
+        EpCall(transport, plan, wire, needs_grad(x), needs_grad(probs))
+        for plan, (x, probs, _) in zip(planned, pieces, strict=True)
+    ]
+
+
 class EpCall:
-    def __init__(self, transport, indices, n_experts: int, wire: Wire, need_dx: bool, need_ds: bool):
-        self.transport, self.indices, self.n_experts, self.wire = transport, indices, n_experts, wire
+    def __init__(self, transport, planned, wire: Wire, need_dx: bool, need_ds: bool):
+        self.transport, self.planned, self.wire = transport, planned, wire
         self.need_dx, self.need_ds = need_dx, need_ds
         self.combine_grad_handle = {} if wire.fp8_combine_grad else None
         self.layout = self.counts = self.local_indices = self.payload = None
@@ -48,9 +65,10 @@ class EpCall:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def begin_dispatch(self, x, probs) -> None:
+    def begin_dispatch(self, x) -> None:
         rows = quantize_rows(x, PAYLOAD_RECIPE) if self.wire.fp8_dispatch else x
-        self._begin(self.transport.begin_dispatch(rows, self.indices, probs, self.n_experts))
+        planned, self.planned = self.planned, None
+        self._begin(self.transport.begin_dispatch(rows, planned))
 
     def finish_dispatch(self):
         """(x [N,H] or None where it is ``payload``, probs [N,K])."""

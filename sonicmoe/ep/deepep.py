@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .. import checks
 from ..quant.formats import QuantTensor
-from .layout import check_indices
+from .layout import experts_of_rank
 from .transport import Dispatched
 
 
@@ -47,11 +47,13 @@ class DeepEp:
             self._buffer, self._row_bytes = kind(self._group, near, far), 2 * hidden
         return self._buffer
 
-    def begin_dispatch(self, x, indices, probs, n_experts: int):
-        check_indices(indices)
-        size = dist.get_world_size(self._group)
-        if n_experts % size:
-            raise ValueError(f"n_experts: got {n_experts}, need a multiple of {size}, the ranks that share them")
+    def plan(self, pieces, n_experts: int) -> list[tuple]:
+        """DeepEP itself plans each dispatch."""
+        experts_of_rank(n_experts, dist.get_rank(self._group), dist.get_world_size(self._group))
+        return [(indices, probs, n_experts) for indices, probs in pieces]
+
+    def begin_dispatch(self, x, planned: tuple):
+        indices, probs, n_experts = planned
         rows, hidden = _rows(x), int(x.shape[1])
         is_one = (indices >= 0) & (indices < n_experts)
         ids = torch.where(is_one, indices, torch.full_like(indices, -1)).to(torch.int64)

@@ -181,8 +181,8 @@ class ExpertParallelMoE(nn.Layer):
         out = found[0] if len(found) == 1 else paddle.concat(found)
         return out if extra is None else out + extra
 
-    def _open(self, x, probs, indices):
-        return paddle_tape.open_call(indices, x, probs, self.num_experts, self.transport, self.wire)
+    def _open(self, pieces):
+        return paddle_tape.open_calls(pieces, self.num_experts, self.transport, self.wire)
 
     def _experts(self, rows, probs, call):
         payload = call.take_payload()

@@ -1,6 +1,6 @@
 """Dispatch and combine on Paddle's tape.
 
-    call = open_call(indices, x, probs, n_experts, transport)
+    (call,) = open_calls([(x, probs, indices)], n_experts, transport)    # or one for each of several pieces
     ticket = begin_dispatch(x, probs, call)
     rows, row_probs = finish_dispatch(ticket, x, call)    # with call.counts, call.local_indices, call.payload
     ticket = begin_combine(y, call)
@@ -12,21 +12,19 @@ A ticket is one number that ties the two halves together on the tape: what is un
 import paddle
 from paddle.autograd import PyLayer
 
-from .. import checks
 from ..ernie_compat import torch_proxy
 from ..ernie_compat.call import needs_grad
 
 torch_proxy.cover(__package__.rpartition(".")[0])
 
-from .call import EpCall, Wire  # noqa: E402
+from .call import EpCall, Wire, plan_calls  # noqa: E402
 
 
-def open_call(indices, x, probs, n_experts: int, transport, wire: Wire | None = None) -> EpCall:
-    wire = Wire() if wire is None else wire
-    wire.check(int(x.shape[1]))
-    checks.require_shape("probs", probs, (x.shape[0], indices.shape[1]), "[T, K], T rows as in x")
-    checks.require_dtype("probs", probs, ("float32",))
-    return EpCall(transport, indices, n_experts, wire, needs_grad(x), needs_grad(probs))
+def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None) -> list[EpCall]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many."""
+    needs = {id(tensor): needs_grad(tensor) for piece in pieces for tensor in piece[:2]}
+    with paddle.no_grad():
+        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: needs[id(tensor)])
 
 
 def _ticket():
@@ -37,7 +35,7 @@ class _BeginDispatch(PyLayer):
     @staticmethod
     def forward(ctx, x, probs, call):
         ctx.call = call
-        call.begin_dispatch(x, probs)
+        call.begin_dispatch(x)
         return _ticket()
 
     @staticmethod
@@ -92,7 +90,7 @@ class _FinishCombine(PyLayer):
 
 
 def begin_dispatch(x, probs, call: EpCall):
-    """x [T,H] and probs [T,K] leave. All ranks call it together."""
+    """x [T,H] and probs [T,K], of which the call was opened, leave. All ranks call it together."""
     return _BeginDispatch.apply(x, probs, call)
 
 

@@ -10,17 +10,17 @@ def cut(tensor, pieces: int) -> list:
     return [tensor[lo:hi].contiguous() for lo, hi in zip(bounds, bounds[1:], strict=False)]
 
 
-def run_pieces(tape, pieces, open_call, experts, beside=None):
+def run_pieces(tape, pieces, open_calls, experts, beside=None):
     """([T,H] of each piece, what ``beside`` made) for ``pieces`` of (x, probs, indices).
 
-    All dispatches begin before the experts of the first piece, and a piece goes back while the next is computed.
+    All pieces are planned together, since the host waits for that, and all dispatches begin before the experts of the
+    first piece. A piece goes back while the next is computed.
     ``beside`` runs while tokens travel.
 
     The tape runs it backwards: a gradient leaves, others are computed, and it is waited for where it is needed.
     """
     under_way = []
-    for x, probs, indices in pieces:
-        call = open_call(x, probs, indices)
+    for (x, probs, _), call in zip(pieces, open_calls(pieces), strict=True):
         under_way.append((tape.begin_dispatch(x, probs, call), x, call))
     extra = None if beside is None else beside()
     going_back = []

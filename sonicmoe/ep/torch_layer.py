@@ -163,8 +163,8 @@ class ExpertParallelMoE(nn.Module):
         out = found[0] if len(found) == 1 else torch.cat(found)
         return out if extra is None else out + extra.to(out.dtype)
 
-    def _open(self, x, probs, indices):
-        return torch_tape.open_call(indices, x, probs, self.num_experts, self.transport, self.wire)
+    def _open(self, pieces):
+        return torch_tape.open_calls(pieces, self.num_experts, self.transport, self.wire)
 
     def _experts(self, rows, probs, call):
         return dispatched_experts(

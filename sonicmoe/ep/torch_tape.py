@@ -1,6 +1,6 @@
 """Dispatch and combine on torch's tape.
 
-    call = open_call(indices, x, probs, n_experts, transport)
+    (call,) = open_calls([(x, probs, indices)], n_experts, transport)    # or one for each of several pieces
     ticket = begin_dispatch(x, probs, call)
     rows, row_probs = finish_dispatch(ticket, x, call)    # with call.counts, call.local_indices, call.payload
     ticket = begin_combine(y, call)
@@ -11,17 +11,14 @@ A ticket is one number that ties the two halves together on the tape: what is un
 
 import torch
 
-from .. import checks
-from .call import EpCall, Wire
+from .call import EpCall, Wire, plan_calls
 
 
-def open_call(indices, x, probs, n_experts: int, transport, wire: Wire | None = None) -> EpCall:
-    wire = Wire() if wire is None else wire
-    wire.check(int(x.shape[1]))
-    checks.require_shape("probs", probs, (x.shape[0], indices.shape[1]), "[T, K], T rows as in x")
-    checks.require_dtype("probs", probs, ("float32",))
+def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None) -> list[EpCall]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many."""
     grad = torch.is_grad_enabled()
-    return EpCall(transport, indices, n_experts, wire, grad and x.requires_grad, grad and probs.requires_grad)
+    with torch.no_grad():
+        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: grad and tensor.requires_grad)
 
 
 def _ticket(like):
@@ -32,7 +29,7 @@ class _BeginDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, probs, call):
         ctx.call, ctx.dtype = call, x.dtype
-        call.begin_dispatch(x, probs)
+        call.begin_dispatch(x)
         return _ticket(x)
 
     @staticmethod
@@ -91,7 +88,7 @@ class _FinishCombine(torch.autograd.Function):
 
 
 def begin_dispatch(x, probs, call: EpCall):
-    """x [T,H] and probs [T,K] leave. All ranks call it together."""
+    """x [T,H] and probs [T,K], of which the call was opened, leave. All ranks call it together."""
     return _BeginDispatch.apply(x, probs, call)
 
 

@@ -1,4 +1,4 @@
-"""Moves rows between ranks: three calls, each begun and waited for apart.
+"""Moves rows between ranks: three calls, each begun and waited for apart, after one that plans them for all pieces.
 
 dispatch        each token to the ranks of its experts, with its slots there
 dispatch again  other rows of the same tokens the same way: the gradients of what combine returned
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..launch import beside
 from ..quant.formats import QuantTensor
 from ..routing import naive
-from .layout import Layout, make_layout
+from .layout import Layout, Planned, engine_for, make_layouts
 from .words import from_words, to_words
 
 if find_spec("triton") is not None:
@@ -43,13 +42,14 @@ class AllToAll:
     def __init__(self, comm):
         self.comm = comm
 
-    def begin_dispatch(self, x, indices, probs, n_experts: int):
+    def plan(self, pieces, n_experts: int) -> list[Planned]:
+        """For ``pieces`` of (indices [T,K], probs [T,K]), each of which is then dispatched."""
+        return make_layouts(pieces, n_experts, self.comm)
+
+    def begin_dispatch(self, x, planned: Planned):
         """x [T,H] or its QuantTensor. Returns what waits for the ``Dispatched``."""
-        layout = make_layout(indices, n_experts, self.comm)
-        probs_N = probs.index_select(0, layout.token)
-        probs_N = torch.where(layout.probs_here, probs_N, torch.zeros_like(probs_N))
-        beside = [layout.local_ids, to_words(probs_N)]
-        wait_rows = self._begin_rows(x, layout, beside)
+        layout = planned.layout
+        wait_rows = self._begin_rows(x, layout, [planned.side])
 
         def wait() -> Dispatched:
             rows, (ids, probs) = wait_rows([layout.n_topk] * 2)
@@ -70,7 +70,9 @@ class AllToAll:
         if quantized:
             beside = [*beside, to_words(x.scale).index_select(0, layout.token)]
         rows = self._begin(to_words(data).index_select(0, layout.token), layout.sent, layout.received)
-        side = self._begin(torch.cat(beside, dim=1), layout.sent, layout.received) if beside else None
+        if len(beside) > 1:
+            beside = [torch.cat(beside, dim=1)]
+        side = self._begin(beside[0], layout.sent, layout.received) if beside else None
 
         def wait(widths: list[int]):
             found = from_words(rows.wait(), dtype)
@@ -121,6 +123,5 @@ def _sum_by_token(rows, layout: Layout):
 
 
 def _to_slots(values_NK, layout: Layout):
-    none = torch.zeros([1], dtype=torch.float32, device=beside(values_NK))
-    flat = torch.cat([values_NK.reshape([sum(layout.sent) * layout.n_topk]), none])
-    return flat.index_select(0, layout.slot_source).reshape([layout.n_tokens, layout.n_topk])
+    found = engine_for(values_NK).to_slots(values_NK, layout.slot_source)
+    return found.reshape([layout.n_tokens, layout.n_topk])

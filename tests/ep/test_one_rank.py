@@ -39,7 +39,7 @@ def problem(seed=0):
 
 def there_and_back(comm, wire):
     x, indices, probs = problem()
-    call = paddle_tape.open_call(indices, x, probs, E, AllToAll(comm), wire)
+    (call,) = paddle_tape.open_calls([(x, probs, indices)], E, AllToAll(comm), wire)
     rows, row_probs = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
     y = (rows.astype("float32") * 0 + row_probs.sum(-1, keepdim=True)).astype("bfloat16")
     out = paddle_tape.finish_combine(paddle_tape.begin_combine(y, call), call)
@@ -60,8 +60,9 @@ def test_fp8_halves_what_travels_as_fp8_and_no_more():
         assert comm.sent == sent, wire
 
 
-def test_a_dispatch_waits_for_the_device_once(monkeypatch):
-    _, indices, _ = problem()
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_plan_waits_for_the_device_once(monkeypatch, pieces):
+    _, indices, probs = problem()
     waits = []
     for name in ("tolist", "numpy", "item", "__int__", "__bool__", "__float__", "__len__", "__index__"):
         original = getattr(paddle.Tensor, name)
@@ -71,7 +72,7 @@ def test_a_dispatch_waits_for_the_device_once(monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(paddle.Tensor, name, seen)
-    layout.make_layout(indices, E, Alone())
+    layout.make_layouts([(indices, probs.detach())] * pieces, E, Alone())
     assert waits[0] == "tolist" and set(waits[1:]) <= {"numpy"} and len(waits) <= 2  # Paddle's tolist calls numpy
 
 
@@ -242,13 +243,13 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="n_experts: got 6, need a multiple of 4, the ranks that share them"):
         layout.experts_of_rank(6, 0, 4)
     with pytest.raises(TypeError, match="indices: got dtype float32, need int32 or int64"):
-        layout.make_layout(indices.astype("float32"), E, Alone())
+        layout.make_layouts([(indices.astype("float32"), probs)], E, Alone())
     with pytest.raises(ValueError, match=r"indices: got shape \[48\], need 2 dimensions \[T, K\]"):
-        layout.make_layout(indices.reshape([-1]), E, Alone())
+        layout.make_layouts([(indices.reshape([-1]), probs)], E, Alone())
     with pytest.raises(ValueError, match=r"probs: got shape \[24, 1\], need \[24, 2\]"):
-        paddle_tape.open_call(indices, x, probs[:, :1], E, AllToAll(Alone()))
+        paddle_tape.open_calls([(x, probs[:, :1], indices)], E, AllToAll(Alone()))
     with pytest.raises(TypeError, match="probs: got dtype bfloat16, need float32"):
-        paddle_tape.open_call(indices, x, probs.astype("bfloat16"), E, AllToAll(Alone()))
+        paddle_tape.open_calls([(x, probs.astype("bfloat16"), indices)], E, AllToAll(Alone()))
     with pytest.raises(ValueError, match="fp8_dispatch: got True with 64 channels, need a multiple of 128"):
         paddle_layer.ExpertParallelMoE(**{**SIZES, "hidden_size": 64}, fp8_dispatch=True)
     with pytest.raises(ValueError, match="num_experts_per_tok: got 5, need at most num_experts, 4"):

@@ -9,7 +9,7 @@ import torch
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import naive, triton_combine, triton_topk
-from tests.support import children, quantizers, router_kernels, small_kernels
+from tests.support import children, layout_kernels, quantizers, router_kernels, small_kernels
 from tests.workers.jit_routings import distinct, elsewhere, holes, skewed, uniform
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,7 @@ GPU = torch.device("cuda", 0)
 LARGE = [(4096, 8, 64, 128, distinct), (3000, 9, 40, 1, holes), (1000, 32, 128, 32, elsewhere), (2048, 4, 8, 1, skewed)]
 
 
-GROUPS = (small_kernels, router_kernels, quantizers)
+GROUPS = (small_kernels, router_kernels, quantizers, layout_kernels)
 EVERY_CHECK = [check for group in GROUPS for checks in group.CHECKS.values() for check in checks]
 
 
@@ -43,6 +43,11 @@ def test_topk_at_size():
     shapes = [(8192, 64, 8), (777, 1000, 32), (4097, 96, 6)]
     assert router_kernels.check_topk(GPU, shapes) == []
     assert router_kernels.check_topk_backward(GPU, shapes) == []
+
+
+def test_layout_at_size():
+    sizes = [(8192, 8, 128, 4), (65536, 8, 32, 2), (8191, 8, 32, 1), (4099, 8, 1024, 64)]
+    assert layout_kernels.check_layout(GPU, sizes) == []
 
 
 def test_router_weight_at_size():
