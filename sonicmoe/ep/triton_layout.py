@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import checks
-from ..launch import beside
+from ..launch import beside, cut
 from ..triton_launch import launch, next_power_of_2
 
 _PAIRS = 1024  # tokens times ranks of one program
@@ -35,7 +35,10 @@ def _goes(indices, token, n_tokens, n_experts, held, K: tl.constexpr, RANKS: tl.
     return goes.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_experts", "held"], do_not_specialize_on_alignment=["indices"])
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_experts", "held"],
+    do_not_specialize_on_alignment=["indices", "block_rows", "block_slots"],
+)
 def _count_blocks(
     indices, block_rows, block_slots, n_tokens, n_experts, held,
     K: tl.constexpr, RANKS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr,
@@ -69,7 +72,18 @@ def _tell(block_rows, block_slots, counts, first, n_blocks, n_experts, held,
 
 @triton.jit(
     do_not_specialize=["n_tokens", "n_experts", "held", "n_blocks"],
-    do_not_specialize_on_alignment=["indices", "probs"],
+    # Most are cut out of one allocation, wherever the one before ends.
+    do_not_specialize_on_alignment=[
+        "indices",
+        "probs",
+        "block_rows",
+        "block_slots",
+        "counts",
+        "token_of",
+        "copy_row",
+        "copy_offset",
+        "slot_source",
+    ],
 )
 def _place_rows(
     indices, probs, block_rows, block_slots, counts, token_of, side, copy_row, copy_offset, slot_source,
@@ -126,14 +140,14 @@ def begin(indices, probs, n_experts: int, size: int):
     if most >= 2**31:
         raise ValueError(f"indices: {n_tokens} tokens that may go to {min(size, n_topk)} ranks each are too many rows")
 
-    def room(*shape, dtype=torch.int32):
-        return torch.empty(list(shape), dtype=dtype, device=place)
+    def room(dtype, *pieces):
+        return cut(torch.empty([sum(pieces)], dtype=dtype, device=place), list(pieces))
 
-    block_rows, block_slots = room(n_blocks, ranks), room(n_blocks, bins)
-    counts = room(size, 1 + held, dtype=torch.int64)
-    token, side = room(most, dtype=torch.int64), room(most, 2 * n_topk)
-    copy_row, copy_offset = room(most), room(n_tokens + 1)
-    slot_source = room(n_tokens * n_topk, dtype=torch.int64)
+    counts, token, slot_source = room(torch.int64, size * (1 + held), most, n_tokens * n_topk)
+    block_rows, block_slots, copy_row, copy_offset = room(
+        torch.int32, n_blocks * ranks, n_blocks * bins, most, n_tokens + 1
+    )
+    side = torch.empty([most, 2 * n_topk], dtype=torch.int32, device=place)
     sizes = {"K": n_topk, "RANKS": ranks, "BINS": bins, "TOKENS": tokens}
     launch(_count_blocks, n_blocks, (indices, block_rows, block_slots, n_tokens, n_experts, held), sizes)
     experts = min(bins, 64)
@@ -144,10 +158,11 @@ def begin(indices, probs, n_experts: int, size: int):
          n_tokens, n_experts, held, n_blocks),
         {**sizes, "EXPERTS": experts, "CHUNK": max(1, 2048 // max(ranks, experts))},
     )  # fmt: skip
+    counts = counts.reshape([size, 1 + held])
     return counts, lambda n_sent: (token[:n_sent], side[:n_sent], copy_row[:n_sent], copy_offset, slot_source)
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_values"])
+@triton.jit(do_not_specialize=["n_slots", "n_values"], do_not_specialize_on_alignment=["values", "slot_source"])
 def _to_slots(values, slot_source, out, n_slots, n_values, SLOTS: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
     source = tl.load(slot_source + slot, mask=slot < n_slots, other=0)
