@@ -143,12 +143,12 @@ def quantize_weight_cases():
     shapes = [((32, 3072, 3072), torch.bfloat16), ((32, 3072, 1536), torch.bfloat16), ((4, 512, 512), torch.float32)]
     for shape, dtype in shapes:
         w = (torch.randn(shape, device=GPU) * 0.02).to(dtype)
-        call = functools.partial(triton_quantize.quantize_weight, w)
+        call = functools.partial(triton_quantize.quantize_weights, [w])
 
         def right(call=call, w=w):
             wanted = quant.quantize(w, (128, 128))
             turned = quant.transposed(wanted)
-            return same(call(), (wanted.data, wanted.scale, turned.data, turned.scale))
+            return same(call()[0], (wanted.data, wanted.scale, turned.data, turned.scale))
 
         about = f"[E,R,C]={list(shape)} {str(dtype)[6:]}"
         moved = w.numel() * (w.element_size() + 2)

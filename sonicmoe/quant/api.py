@@ -4,7 +4,7 @@ everywhere else. Both give the same bytes."""
 from importlib.util import find_spec
 
 from .. import checks
-from ..launch import arch, cut
+from ..launch import arch
 from . import naive
 from .formats import QuantTensor, QuantWeights, Recipe
 
@@ -35,7 +35,7 @@ def quantize_weights(w1_EFH, w2_EHI, recipe: Recipe, backend: str = "auto") -> Q
     compiled = _compiled(w1_EFH, recipe, backend)
     if compiled is None:
         return naive.quantize_weights(w1_EFH, w2_EHI, recipe)
-    return _together(*(compiled.quantize_weight(w, recipe.pow2) for w in (w1_EFH, w2_EHI)), recipe)
+    return _together(*compiled.quantize_weights((w1_EFH, w2_EHI), recipe.pow2), recipe)
 
 
 def _together(first, second, recipe: Recipe) -> QuantWeights:
@@ -52,7 +52,7 @@ class WeightCopies:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self._memory = self._flags = self._table = self._made = self._copies = None
+        self._memory = self._table = self._made = self._copies = None
         self._unfinished = False
 
     @staticmethod
@@ -66,20 +66,13 @@ class WeightCopies:
         weights = (w1_EFH, w2_EHI)
         if self._memory is None:
             self._memory = triton_fingerprint.make_memory(weights)
-            self._flags = cut(self._memory.changed, [1, 1])
         elif self._unfinished:
             # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
             self._memory.state.zero_()
         self._unfinished = True
         found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
         self._table = found.table
-        made = self._made or (None, None)
-        self._made = tuple(
-            [
-                triton_quantize.quantize_weight(w, self.recipe.pow2, into, flag)
-                for w, into, flag in zip(weights, made, self._flags, strict=True)
-            ]
-        )
+        self._made = triton_quantize.quantize_weights(weights, self.recipe.pow2, self._made, found.changed)
         self._unfinished = False
         if self._copies is None:  # later calls write the same memory
             self._copies = _together(*self._made, self.recipe)

@@ -103,7 +103,8 @@ class NativeCopies:
         if self.recipe is None:
             return plain
         flags = None if changed is None else changed[first : first + len(params)]
-        return triton_quantize.quantize_weight(plain, self.recipe.pow2, into, flags)
+        made = None if into is None else (into,)
+        return triton_quantize.quantize_weights((plain,), self.recipe.pow2, made, flags)[0]
 
     def _fp8(self) -> QuantWeights:
         return _together(*self._made, self.recipe)

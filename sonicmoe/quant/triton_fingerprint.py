@@ -23,11 +23,14 @@ from ..launch import address, beside
 from ..triton_launch import launch
 
 _ITEM_SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.uint8: 1}
-_BLOCK_WORDS = 512  # 4 words for each of 128 threads: two loads of 16 bytes in flight
-_PART_WORDS = 32 * _BLOCK_WORDS  # 128 KiB: what one program reads
-_BLOCK = tl.constexpr(_BLOCK_WORDS)
+_LANES_WORDS = 256  # 16 bytes for each of 128 threads
+_LOADS = 8  # of these, that are in flight together
+_BLOCK_WORDS = _LOADS * _LANES_WORDS
+_PART_WORDS = 4 * _BLOCK_WORDS  # 64 KiB: what one program reads
+_LANES = tl.constexpr(_LANES_WORDS)
+_TIMES = tl.constexpr(_LOADS)
 _PART = tl.constexpr(_PART_WORDS)
-_PARTS_A_STEP = 1024
+_PARTS_A_STEP = tl.constexpr(512)
 
 # Odd, with bits all over: splitmix64's and murmur3's.
 _STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -56,52 +59,19 @@ def _mix_both(word, key):
     return _mix(x, _MIX_A0, _MIX_A1), _mix(x, _MIX_B0, _MIX_B1)
 
 
-@triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=["table", "parts"])
-def _hash_parts(table, parts, n_tensors):
-    """The sums over one part of one tensor: PART words, or what is left of them."""
-    part = tl.program_id(0)
-    # The tensor is the last one that begins at or before this part.
-    low, high = part * 0, n_tensors
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table + middle * 4 + 2) <= part:
-            low = middle
-        else:
-            high = middle
-    row = table + low * 4
-    words = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.uint64)), 16)
-    n_words = tl.load(row + 1) * 2
-    first = (part - tl.load(row + 2)) * _PART
-    end = tl.minimum(first + _PART, n_words)
-    lane = tl.arange(0, _BLOCK)
-    key = lane.to(tl.uint64) * _STEP
-    sum_a = tl.zeros([_BLOCK], dtype=tl.uint64)
-    sum_b = tl.zeros([_BLOCK], dtype=tl.uint64)
-    for begin in tl.range(first, end, _BLOCK, num_stages=1):
-        # Words that are not there are 0 and are hashed as well; the length, hashed too, tells them from real ones.
-        word = tl.load(words + begin + lane, mask=begin + lane < end, other=0)
-        behind = (tl.zeros([1], dtype=tl.int64) + begin).to(tl.uint64) * _STEP
-        a, b = _mix_both(word, key + behind)
-        sum_a += a
-        sum_b += b
-    tl.store(parts + part * 2, tl.sum(sum_a))
-    tl.store(parts + part * 2 + 1, tl.sum(sum_b))
-
-
-@triton.jit(do_not_specialize_on_alignment=["table", "parts", "previous", "state", "changed"])
-def _judge(table, parts, previous, state, changed, STEP: tl.constexpr):
+@triton.jit
+def _judge(row, parts, previous, state, changed):
     """One tensor: its parts added from first to last, its edge bytes and length, and the comparison."""
-    row = table + tl.program_id(0) * 4
     body = tl.load(row)
     n_words = tl.load(row + 1) * 2
     head = tl.load(row + 3) & 15
     tail = tl.load(row + 3) >> 4
     first = tl.load(row + 2)
     end = tl.load(row + 6)  # where the next tensor's parts begin
-    total_a = tl.zeros([STEP], dtype=tl.uint64)
-    total_b = tl.zeros([STEP], dtype=tl.uint64)
-    for begin in tl.range(first, end, STEP, num_stages=1):
-        part = begin + tl.arange(0, STEP)
+    total_a = tl.zeros([_PARTS_A_STEP], dtype=tl.uint64)
+    total_b = tl.zeros([_PARTS_A_STEP], dtype=tl.uint64)
+    for begin in tl.range(first, end, _PARTS_A_STEP, num_stages=1):
+        part = begin + tl.arange(0, _PARTS_A_STEP)
         total_a += tl.load(parts + part * 2, mask=part < end, other=0)
         total_b += tl.load(parts + part * 2 + 1, mask=part < end, other=0)
     # Lanes 0 to 15 are the bytes before the body, 16 to 31 those after it.
@@ -115,11 +85,59 @@ def _judge(table, parts, previous, state, changed, STEP: tl.constexpr):
     hash_b = _mix((tl.sum(total_b) + tl.sum(tl.where(here, b, 0))) ^ length, _MIX_A0, _MIX_B1)
     hash_a = tl.where(hash_a == 0, 1, hash_a).to(tl.int64, bitcast=True)  # a state of zeros means: never seen
     hash_b = hash_b.to(tl.int64, bitcast=True)
-    mine = tl.program_id(0) * 2
-    same = (tl.load(previous + mine) == hash_a) & (tl.load(previous + mine + 1) == hash_b)
-    tl.store(state + mine, hash_a)
-    tl.store(state + mine + 1, hash_b)
-    tl.store(changed + tl.program_id(0), tl.where(same, 0, 1))
+    same = (tl.load(previous) == hash_a) & (tl.load(previous + 1) == hash_b)
+    tl.store(state, hash_a)
+    tl.store(state + 1, hash_b)
+    tl.store(changed, tl.where(same, 0, 1))
+
+
+_ARRAYS = ["table", "parts", "arrived", "previous", "state", "changed"]
+
+
+@triton.jit(do_not_specialize=["n_tensors"], do_not_specialize_on_alignment=_ARRAYS)
+def _hash_parts(table, parts, arrived, previous, state, changed, n_tensors):
+    """The sums over one part of one tensor: PART words, or what is left of them. Whoever comes last to a tensor has
+    all its sums before it, and judges."""
+    part = tl.program_id(0)
+    # The tensor is the last one that begins at or before this part.
+    low, high = part * 0, n_tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(table + middle * 4 + 2) <= part:
+            low = middle
+        else:
+            high = middle
+    row = table + low * 4
+    words = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.uint64)), 16)
+    n_words = tl.load(row + 1) * 2
+    first_part = tl.load(row + 2)
+    first = (part - first_part) * _PART
+    end = tl.minimum(first + _PART, n_words)
+    lane = tl.arange(0, _LANES)
+    key = lane.to(tl.uint64) * _STEP
+    sum_a = tl.zeros([_LANES], dtype=tl.uint64)
+    sum_b = tl.zeros([_LANES], dtype=tl.uint64)
+    for begin in tl.range(first, end, _TIMES * _LANES, num_stages=1):
+        got = ()
+        for number in tl.static_range(_TIMES):
+            # Words that are not there are 0 and are hashed as well; the length, hashed too, tells them from real ones.
+            at = begin + number * _LANES + lane
+            got = got + (tl.load(words + at, mask=at < end, other=0),)
+        for number in tl.static_range(_TIMES):
+            behind = (tl.zeros([1], dtype=tl.int64) + begin + number * _LANES).to(tl.uint64) * _STEP
+            a, b = _mix_both(got[number], key + behind)
+            sum_a += a
+            sum_b += b
+    tl.store(parts + part * 2, tl.sum(sum_a))
+    tl.store(parts + part * 2 + 1, tl.sum(sum_b))
+    # The sums are there for whoever sees the count. What is added up is integers: who comes last shows in no result.
+    tl.debug_barrier()
+    n_parts = (tl.load(row + 6) - first_part).to(tl.int32)
+    before = tl.atomic_add(arrived + low, 1, sem="acq_rel")
+    # The count goes back by as many as came, so that it fits again even after calls that nobody had ordered.
+    if before % n_parts == n_parts - 1:
+        tl.atomic_add(arrived + low, -n_parts, sem="relaxed")
+        _judge(row, parts, previous + low * 2, state + low * 2, changed + low)
 
 
 class Table(NamedTuple):
@@ -152,7 +170,7 @@ def _make_table(places: tuple, device) -> Table:
         head = min(-start % 16, size)
         pairs, tail = divmod(size - head, 16)
         rows.append([start + head, pairs, n_parts, head | tail << 4])
-        n_parts += -(-2 * pairs // _PART_WORDS)
+        n_parts += max(1, -(-2 * pairs // _PART_WORDS))
     rows.append([0, 0, n_parts, 0])
     return Table(places, torch.tensor(rows, dtype=torch.int64, device=device), n_parts)
 
@@ -170,15 +188,17 @@ class Memory(NamedTuple):
     state: Any  # as in Fingerprint; zeros: nothing has been seen yet
     changed: Any
     parts: Any  # [.., 2] int64: sums over parts, room for as many as the tensors can have wherever they lie
+    arrived: Any  # [n] int32: how many parts of each are there, 0 between calls
 
 
 def make_memory(tensors) -> Memory:
     places, device = _places(tensors), beside(tensors[0])
-    most = sum([-(-(size // 8) // _PART_WORDS) for _, size in places])
+    most = sum([max(1, -(-(size // 8) // _PART_WORDS)) for _, size in places])
     return Memory(
         torch.zeros([len(places), 2], dtype=torch.int64, device=device),
         torch.empty([len(places)], dtype=torch.int32, device=device),
-        torch.empty([max(1, most), 2], dtype=torch.int64, device=device),
+        torch.empty([most, 2], dtype=torch.int64, device=device),
+        torch.zeros([len(places)], dtype=torch.int32, device=device),
     )
 
 
@@ -191,13 +211,11 @@ def fingerprint(tensors, previous=None, table: Table | None = None, memory: Memo
     device = beside(tensors[0])
     if table is None or table.places != places:
         table = _make_table(places, device)
-    n = len(places)
     if memory is None:
         memory = make_memory(tensors)
         previous = torch.zeros_like(memory.state) if previous is None else previous
-    state, changed, parts = memory
+    state, changed, parts, arrived = memory
     previous = state if previous is None else previous
-    if table.n_parts:
-        launch(_hash_parts, table.n_parts, (table.rows, parts, n), {}, num_warps=4)
-    launch(_judge, n, (table.rows, parts, previous, state, changed), {"STEP": _PARTS_A_STEP}, num_warps=8)
+    operands = (table.rows, parts, arrived, previous, state, changed, len(places))
+    launch(_hash_parts, table.n_parts, operands, {}, num_warps=4)
     return Fingerprint(changed, state, table)

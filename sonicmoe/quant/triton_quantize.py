@@ -18,6 +18,7 @@ from ..triton_launch import launch
 from .formats import E4M3_MAX
 
 _GROUP = 128  # numbers that share a scale, along each dimension that a scale covers
+_WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: as many as there is room for
 _ROWS_BYTES = 8192  # that a program of _quantize_rows reads: four times 16 for each of 128 threads
 
 _G = tl.constexpr(_GROUP)
@@ -93,63 +94,99 @@ def quantize_rows(x_TC, pow2: bool = False):
     return data, scale
 
 
-@triton.jit(do_not_specialize_on_alignment=["changed"])
-def _quantize_weight(
-    w, data, scale, data_t, scale_t, changed,
+@triton.jit
+def _weight_block(
+    w, data, scale, data_t, scale_t, changed, number,
     R: tl.constexpr, C: tl.constexpr, HELD: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
     """One block of 128 x 128, whose bytes go to both orientations. Nothing is done where ``changed``, a flag for each
     HELD experts, is 0."""
     columns: tl.constexpr = C // _G
     rows: tl.constexpr = R // _G
-    block_column = tl.program_id(0) % columns
-    block_row = tl.program_id(0) // columns % rows
-    expert = (tl.program_id(0) // (columns * rows)).to(tl.int64)
+    block_column = number % columns
+    block_row = number // columns % rows
+    expert = (number // (columns * rows)).to(tl.int64)
+    wanted = True
     if changed is not None:
-        if tl.load(changed + expert // HELD) == 0:
-            return
-    column = block_column * _G + tl.arange(0, _G)
-    four = tl.arange(0, _FOURS)
-    corner = (expert * R + block_row * _G) * C
-    values = ()
-    for number in tl.static_range(4):
-        at = corner + (four * 4 + number)[:, None] * C + column[None, :]
-        values = values + (_numbers(tl.load(w + at)),)
-    scale_of = _scale_of(tl.max(_magnitude(values)), POW2)
-    tl.store(scale + tl.program_id(0), scale_of)
-    tl.store(scale_t + (expert * columns + block_column) * rows + block_row, scale_of)
-    inverse = tl.div_rn(1.0, scale_of)
-    for number in tl.static_range(4):
-        at = corner + (four * 4 + number)[:, None] * C + column[None, :]
-        tl.store(data + at, (values[number] * inverse).to(tl.float8e4nv))
-    at = (expert * C + column[:, None]) * (R // 4) + block_row * _FOURS + four[None, :]
-    words = data_t.to(tl.pointer_type(tl.uint32), bitcast=True)
-    tl.store(words + at, tl.trans(_words(values, inverse)))
+        wanted = tl.load(changed + expert // HELD) != 0
+    if wanted:
+        column = block_column * _G + tl.arange(0, _G)
+        four = tl.arange(0, _FOURS)
+        corner = (expert * R + block_row * _G) * C
+        values = ()
+        for part in tl.static_range(4):
+            at = corner + (four * 4 + part)[:, None] * C + column[None, :]
+            values = values + (_numbers(tl.load(w + at)),)
+        scale_of = _scale_of(tl.max(_magnitude(values)), POW2)
+        tl.store(scale + number, scale_of)
+        tl.store(scale_t + (expert * columns + block_column) * rows + block_row, scale_of)
+        inverse = tl.div_rn(1.0, scale_of)
+        for part in tl.static_range(4):
+            at = corner + (four * 4 + part)[:, None] * C + column[None, :]
+            tl.store(data + at, (values[part] * inverse).to(tl.float8e4nv))
+        at = (expert * C + column[:, None]) * (R // 4) + block_row * _FOURS + four[None, :]
+        words = data_t.to(tl.pointer_type(tl.uint32), bitcast=True)
+        tl.store(words + at, tl.trans(_words(values, inverse)))
 
 
-def quantize_weight(w_ERC, pow2: bool = False, into=None, changed=None):
-    """(data [E,R,C] e4m3, scale [E,R/128,C/128] float32, data_t [E,C,R], scale_t [E,C/128,R/128]) of bf16, fp16 or
-    fp32 weights, from one read.
+@triton.jit(do_not_specialize=["n_first", "n_blocks"], do_not_specialize_on_alignment=["changed"])
+def _quantize_weights(
+    w1, data1, scale1, data1_t, scale1_t, w2, data2, scale2, data2_t, scale2_t, changed, n_first, n_blocks,
+    R1: tl.constexpr, C1: tl.constexpr, R2: tl.constexpr, C2: tl.constexpr, FLAGS: tl.constexpr,
+    HELD: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """``n_first`` blocks of the first weight, then those of the second, if there is one, whose flags begin at FLAGS. A
+    few programs do all of them, so that it costs little where nothing has changed."""
+    number = tl.program_id(0)
+    while number < n_blocks:
+        if w2 is None:
+            _weight_block(w1, data1, scale1, data1_t, scale1_t, changed, number, R1, C1, HELD, POW2)
+        elif number < n_first:
+            _weight_block(w1, data1, scale1, data1_t, scale1_t, changed, number, R1, C1, HELD, POW2)
+        else:
+            flags = None if changed is None else changed + FLAGS
+            _weight_block(w2, data2, scale2, data2_t, scale2_t, flags, number - n_first, R2, C2, HELD, POW2)
+        number += tl.num_programs(0)
 
-    ``into`` is what an earlier call gave, to be written again; with ``changed``, int32 on the device, one for all
-    experts or for each share of them, only where that is not 0.
-    """
-    _check("w", w_ERC, 3, "[E, R, C]")
+
+def _room_for_weight(w_ERC):
     n_experts, n_rows, n_columns = checks.shape_of(w_ERC)
     rows, columns = n_rows // _GROUP, n_columns // _GROUP
 
     def room(dtype, *size):
         return torch.empty([n_experts, *size], dtype=dtype, device=beside(w_ERC))
 
+    plain = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
+    return (*plain, room(torch.float8_e4m3fn, n_columns, n_rows), room(torch.float32, columns, rows))
+
+
+def quantize_weights(weights, pow2: bool = False, into=None, changed=None):
+    """(data [E,R,C] e4m3, scale [E,R/128,C/128] float32, data_t [E,C,R], scale_t [E,C/128,R/128]) of one or two bf16,
+    fp16 or fp32 weights [E,R,C], from one read and in one launch.
+
+    ``into`` is what an earlier call gave, to be written again; with ``changed``, int32 on the device, as many for each
+    weight, one for all experts or for each share of them, only where that is not 0.
+    """
     if into is None:
-        plain = room(torch.float8_e4m3fn, n_rows, n_columns), room(torch.float32, rows, columns)
-        into = (*plain, room(torch.float8_e4m3fn, n_columns, n_rows), room(torch.float32, columns, rows))
-    n_blocks = n_experts * rows * columns
+        for weight in weights:
+            _check("w", weight, 3, "[E, R, C]")
+        into = tuple([_room_for_weight(weight) for weight in weights])
+    sizes = [checks.shape_of(weight) for weight in weights]
+    n_experts = sizes[0][0]
+    if sizes[-1][0] != n_experts:
+        raise ValueError(f"w: got {sizes[-1][0]} experts in the second weight, need {n_experts} as in the first")
+    blocks = [n_experts * (n_rows // _GROUP) * (n_columns // _GROUP) for _, n_rows, n_columns in sizes]
+    n_blocks = sum(blocks)
     if n_blocks:
-        operands = (w_ERC.contiguous(), *into, changed)
-        held = n_experts if changed is None else n_experts // int(changed.shape[0])
-        constants = {"R": n_rows, "C": n_columns, "HELD": held, "POW2": pow2}
-        launch(_quantize_weight, n_blocks, operands, constants, num_warps=8)
+        flags = 1 if changed is None else int(changed.shape[0]) // len(weights)
+        operands = []
+        for weight, made in zip(weights, into, strict=True):
+            operands += (weight.contiguous(), *made)
+        operands += [None] * (10 - len(operands))
+        constants = {"R1": sizes[0][1], "C1": sizes[0][2], "R2": sizes[-1][1], "C2": sizes[-1][2]}
+        constants |= {"FLAGS": flags, "HELD": n_experts // flags, "POW2": pow2}
+        programs = min(_WEIGHT_PROGRAMS, n_blocks)
+        launch(_quantize_weights, programs, (*operands, changed, blocks[0], n_blocks), constants, num_warps=8)
     return into
 
 

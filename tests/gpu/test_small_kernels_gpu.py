@@ -60,7 +60,7 @@ def test_router_weight_at_size():
 def test_quantizers_at_size():
     kinds = ("ordinary", "holes", "ties")
     assert quantizers.check_quantize_rows(GPU, [(4096, 3072), (777, 7168)], kinds) == []
-    assert quantizers.check_quantize_weight(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
+    assert quantizers.check_quantize_weights(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
     assert quantizers.check_weight_copies(GPU) == []
     routings = [(n_tokens, k, n_experts, kind) for n_tokens, k, n_experts, _, kind in LARGE]
     assert quantizers.check_quantize_tokens(GPU, (1536, 640), routings, kinds) == []
@@ -75,7 +75,7 @@ def test_quantizers_past_two_billion_elements():
     data, scale = triton_quantize.quantize_rows(x)
     wanted = quant.quantize(x[-200:], (1, 128))
     assert quantizers.differences("rows", (data[-200:], scale[-200:]), (wanted.data, wanted.scale)) == []
-    data, scale, data_t, scale_t = triton_quantize.quantize_weight(x[None])
+    ((data, scale, data_t, scale_t),) = triton_quantize.quantize_weights([x[None]])
     wanted = quant.quantize(x[None, -256:], (128, 128))
     turned = quant.transposed(wanted)
     assert quantizers.differences("weight", (data[:, -256:], scale[:, -2:]), (wanted.data, wanted.scale)) == []

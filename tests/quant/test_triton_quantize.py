@@ -8,7 +8,8 @@ pytestmark = pytest.mark.torch
 
 CHECKS = (
     "check_quantize_rows",
-    "check_quantize_weight",
+    "check_quantize_weights",
+    "check_flags_of_weights",
     "check_weight_copies",
     "check_quantize_tokens",
     "check_quantize_tokens_of_fp8",
@@ -43,8 +44,9 @@ def test_what_is_refused():
         calls = [
             lambda: triton_quantize.quantize_rows(torch.zeros(4, 100)),
             lambda: triton_quantize.quantize_rows(torch.zeros(4, 128, dtype=torch.float64)),
-            lambda: triton_quantize.quantize_weight(torch.zeros(4, 128)),
-            lambda: triton_quantize.quantize_weight(torch.zeros(1, 64, 128)),
+            lambda: triton_quantize.quantize_weights([torch.zeros(4, 128)]),
+            lambda: triton_quantize.quantize_weights([torch.zeros(1, 64, 128)]),
+            lambda: triton_quantize.quantize_weights([torch.zeros(1, 128, 128), torch.zeros(2, 128, 128)]),
             lambda: triton_quantize.quantize_tokens(torch.zeros(6, 128), routing),
             lambda: triton_quantize.quantize_tokens(torch.zeros(5, 128), routing, gathered=False),
             lambda: triton_quantize.quantize_tokens(torch.zeros(5, 128), odd),
@@ -67,6 +69,7 @@ def test_what_is_refused():
         f"TypeError x: got dtype float64, need {floats}",
         "ValueError w: got shape [4, 128], need 3 dimensions [E, R, C]",
         "ValueError w: got shape [1, 64, 128], need multiples of 128 after the first dimension",
+        "ValueError w: got 2 experts in the second weight, need 1 as in the first",
         "ValueError rows: got shape [6, 128], need [5, 128] (as many as the routing has)",
         "ValueError rows: got shape [5, 128], need [128, 128] (as many as the routing has)",
         "ValueError routing: got 96 rows, need a multiple of 128",

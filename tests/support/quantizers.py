@@ -143,16 +143,40 @@ def check_quantize_rows(device, shapes=ROWS, kinds=KINDS):
 
 
 @in_gpu_arithmetic
-def check_quantize_weight(device, shapes=WEIGHTS, kinds=KINDS):
+def check_quantize_weights(device, shapes=WEIGHTS, kinds=KINDS):
     found = []
     for rng, shape, kind, dtype, pow2 in cases(shapes, kinds):
         w = draw(rng, shape, kind, dtype, device)
         wanted = naive.quantize(w, (128, 128), pow2=pow2)
         turned = naive.transposed(wanted)
-        made = triton_quantize.quantize_weight(at_any_address(w) if shape[1] > 128 else w, pow2)
+        given = at_any_address(w) if shape[1] > 128 else w
+        # Alone, and beside one of another shape, before it and behind it.
+        other = draw(rng, (shape[0], 128, 384), kind, dtype, device)
         about = f"weight {shape} {kind} {dtype} pow2={pow2}"
-        found += differences(about, made[:2], (wanted.data, wanted.scale))
-        found += differences(f"{about} transposed", made[2:], (turned.data, turned.scale))
+        for place, number, pair in (("alone", 0, (given,)), ("first", 0, (given, other)), ("second", 1, (other, given))):
+            made = triton_quantize.quantize_weights(pair, pow2)[number]
+            found += differences(f"{about} {place}", made[:2], (wanted.data, wanted.scale))
+            found += differences(f"{about} {place}, transposed", made[2:], (turned.data, turned.scale))
+    return found
+
+
+@in_gpu_arithmetic
+def check_flags_of_weights(device):
+    """Only the shares of experts whose flags are set are written, of each weight its own."""
+    rng, found = np.random.default_rng(0), []
+    weights = [draw(rng, (4, *size), "ordinary", torch.bfloat16, device) for size in ((256, 128), (128, 384))]
+    wanted = triton_quantize.quantize_weights(weights)
+    for given in ((0, 1), (1, 0), (0, 1, 1, 0), (1, 0, 0, 0), (0, 0, 1, 0, 0, 1, 0, 0)):
+        flags = torch.tensor(given, dtype=torch.int32, device=device)
+        into = [[part.view(torch.uint8).clone().fill_(77).view(part.dtype) for part in made] for made in wanted]
+        triton_quantize.quantize_weights(weights, False, into, flags)
+        for number, (made, right) in enumerate(zip(into, wanted, strict=True)):
+            of_experts = flags.reshape(2, -1)[number].repeat_interleave(8 // len(given)).tolist()
+            for expert, flag in enumerate(of_experts):
+                untouched = all(bool((part[expert].view(torch.uint8) == 77).all()) for part in made)
+                same = all(same_bits(part[expert], one[expert]) for part, one in zip(made, right, strict=True))
+                if not (same if flag else untouched):
+                    found.append(f"flags {given}: weight {number}, expert {expert}")
     return found
 
 
@@ -226,8 +250,8 @@ def check_choice(device):
     w1, w2 = (draw(rng, (1, *size), "holes", torch.bfloat16, device) for size in ((256, 128), (128, 128)))
     kernels = mock.Mock(wraps=triton_quantize)
     for recipe, backend, hopper, calls in (
-        (make_recipe("sm90"), "auto", True, 3),
-        (make_recipe("sm90", pow2=True), "sm90_fp8", True, 3),
+        (make_recipe("sm90"), "auto", True, 2),
+        (make_recipe("sm90", pow2=True), "sm90_fp8", True, 2),
         (make_recipe("sm90"), "naive", True, 0),
         (make_recipe("sm100"), "auto", True, 0),
         (make_recipe("sm90"), "auto", False, 0),
@@ -285,7 +309,7 @@ def check_weight_copies(device):
     for cut in (copies, api.WeightCopies(recipe)):
         copies = cut
         w2.add_(1.0)
-        cut_off = mock.patch.object(triton_quantize, "quantize_weight", side_effect=MemoryError)
+        cut_off = mock.patch.object(triton_quantize, "quantize_weights", side_effect=MemoryError)
         with cut_off, contextlib.suppress(MemoryError):
             copies.current(w1, w2)
         require("after a call that failed")
@@ -296,7 +320,8 @@ CHECKS = {
     "quantize": (
         check_weight_copies,
         check_quantize_rows,
-        check_quantize_weight,
+        check_quantize_weights,
+        check_flags_of_weights,
         check_quantize_tokens,
         check_quantize_tokens_of_fp8,
         check_choice,
