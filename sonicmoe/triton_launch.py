@@ -74,14 +74,20 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
     """
     like = operands[0]
     known = [id(kernel), device_index(like), *constants.values(), *options.values()]
+    # Addresses for tensors: the launcher would ask each tensor again, and then the driver about the answer.
+    plain = []
     for operand in operands:
         if operand is None:
             known.append(None)
+            plain.append(None)
         elif operand.__class__ is int:
             known.append(-(2**31) <= operand < 2**31)
+            plain.append(operand)
         else:
+            start = operand.data_ptr()
             known.append(operand.dtype)
-            known.append(operand.data_ptr() % 16 == 0)
+            known.append(start % 16 == 0)
+            plain.append(start)
     known = tuple(known)
     found = _compiled.get(known)
     if found is not None:
@@ -92,7 +98,7 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
         # What that does, without what it prepares for hooks.
         if found.start is None:
             found.look_up()
-        found.start(blocks, 1, 1, stream, *found.fixed, *operands, *constants.values())
+        found.start(blocks, 1, 1, stream, *found.fixed, *plain, *constants.values())
         return
     prepare(like)
     compiled = kernel[(blocks,)](*operands, **constants, **options)

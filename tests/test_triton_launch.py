@@ -71,7 +71,7 @@ def test_a_second_launch_starts_what_was_compiled():
     (started,) = kernel.made[0].started
     assert len(kernel.made) == 1
     grid, args, stream = started
-    assert grid == (9, 1, 1) and args[0] is y and args[1] is x and args[2:] == (16, 4) and stream == 7
+    assert grid == (9, 1, 1) and args == (y.data_ptr(), x.data_ptr(), 16, 4) and stream == 7
 
 
 def test_who_listens_to_launches_hears_of_them():

@@ -6,6 +6,7 @@ tensor in the same place leaves stale ones.
 """
 
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,23 @@ from ..quant.formats import QuantWeights
 from .streams import InTurns, in_dtype
 
 _lock = threading.Lock()
-# By the first weight, or what it is a view of, and by the second: {where in them, and how: (copies, who writes them)}
-_kept = torch.utils.weak.WeakTensorKeyDictionary()
+# By the ids of both weights, or of what they are views of; an id may come again when its tensor is gone.
+_kept: dict[tuple[int, int], "_Pair"] = {}
+
+
+class _Pair:
+    """Two tensors that may go, and what is kept until then."""
+
+    def __init__(self, first, second, ids: tuple[int, int]):
+        of_pair = weakref.ref(self)
+
+        def forget(_):
+            pair = of_pair()
+            if pair is not None and _kept.get(ids) is pair:
+                del _kept[ids]
+
+        self.first, self.second = weakref.ref(first, forget), weakref.ref(second, forget)
+        self.sets = {}  # where in them, and how: (copies, who writes them)
 
 
 def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
@@ -41,16 +57,14 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
 
 
 def _kept_for(owner1, owner2, key):
-    others = _kept.get(owner1)
-    if others is None:
-        others = _kept[owner1] = torch.utils.weak.WeakTensorKeyDictionary()
-    sets = others.get(owner2)
-    if sets is None:
-        sets = others[owner2] = {}
-    if key not in sets:
-        recipe = key[-1]
-        sets[key] = WeightCopies(recipe), InTurns()
-    return sets[key]
+    ids = id(owner1), id(owner2)
+    pair = _kept.get(ids)
+    if pair is None or pair.first() is not owner1 or pair.second() is not owner2:
+        pair = _kept[ids] = _Pair(owner1, owner2, ids)
+    found = pair.sets.get(key)
+    if found is None:
+        found = pair.sets[key] = WeightCopies(key[-1]), InTurns()
+    return found
 
 
 def clear() -> None:

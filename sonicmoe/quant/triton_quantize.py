@@ -8,6 +8,8 @@ Compiled once for each type of the input and each static width: how many tokens 
 and is no part of a kernel's key.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,10 @@ _GROUP = 128  # numbers that share a scale, along each dimension that a scale co
 _WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: as many as there is room for
 _ROWS_BYTES = 8192  # that a program of _quantize_rows reads: four times 16 for each of 128 threads
 
+# Columns and warps of a program of _quantize_tokens: whole lines of 16-bit rows, half lines of others. Few warps, since
+# they wait for each other several times; and many numbers for each thread, since fewer pass between threads then.
+_TOKEN_SHARES = dict.fromkeys((torch.bfloat16, torch.float16, torch.float8_e4m3fn), (64, 2)) | {torch.float32: (32, 2)}
+
 _G = tl.constexpr(_GROUP)
 _FOURS = tl.constexpr(_GROUP // 4)  # of rows, in a block
 _LARGEST = tl.constexpr(E4M3_MAX)
@@ -28,10 +34,18 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
+def _wide(x):
+    """As float32. Of bf16 said in integers: one instruction a number where the cast makes two of every second one."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _numbers(x):
-    """As float32, with infinities made NaN: then ``maximum`` passes over whatever is not finite, and the cast keeps it.
-    One instruction a number where a comparison and a choice would be two for the one purpose and two for the other."""
-    x = x.to(tl.float32)
+    """With infinities made NaN: then ``maximum`` passes over whatever is not finite, and the cast to e4m3 keeps it. One
+    instruction a number where a comparison and a choice would be two for the one purpose and two for the other."""
     return tl.fma(x, 0.0, x)
 
 
@@ -73,7 +87,7 @@ def _quantize_rows(x, data, scale, n_groups, POW2: tl.constexpr, GROUPS: tl.cons
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     exists = group < n_groups
     at = group[:, None] * _G + tl.arange(0, _G)[None, :]
-    value = _numbers(tl.load(x + at, mask=exists[:, None], other=0.0))
+    value = _numbers(_wide(tl.load(x + at, mask=exists[:, None], other=0.0)))
     scale_of = _scale_of(tl.max(tl.abs(value), axis=1), POW2)
     tl.store(scale + group, scale_of, mask=exists)
     codes = (value * tl.div_rn(1.0, scale_of)[:, None]).to(tl.float8e4nv)
@@ -116,7 +130,7 @@ def _weight_block(
         values = ()
         for part in tl.static_range(4):
             at = corner + (four * 4 + part)[:, None] * C + column[None, :]
-            values = values + (_numbers(tl.load(w + at)),)
+            values = values + (_numbers(_wide(tl.load(w + at))),)
         scale_of = _scale_of(tl.max(_magnitude(values)), POW2)
         tl.store(scale + number, scale_of)
         tl.store(scale_t + (expert * columns + block_column) * rows + block_row, scale_of)
@@ -171,23 +185,28 @@ def quantize_weights(weights, pow2: bool = False, into=None, changed=None):
         for weight in weights:
             _check("w", weight, 3, "[E, R, C]")
         into = tuple([_room_for_weight(weight) for weight in weights])
-    sizes = [checks.shape_of(weight) for weight in weights]
-    n_experts = sizes[0][0]
-    if sizes[-1][0] != n_experts:
-        raise ValueError(f"w: got {sizes[-1][0]} experts in the second weight, need {n_experts} as in the first")
-    blocks = [n_experts * (n_rows // _GROUP) * (n_columns // _GROUP) for _, n_rows, n_columns in sizes]
-    n_blocks = sum(blocks)
+    n_flags = None if changed is None else int(changed.shape[0])
+    n_first, n_blocks, constants = _blocks_of_weights(tuple([checks.shape_of(w) for w in weights]), n_flags, pow2)
     if n_blocks:
-        flags = 1 if changed is None else int(changed.shape[0]) // len(weights)
         operands = []
         for weight, made in zip(weights, into, strict=True):
             operands += (weight.contiguous(), *made)
-        operands += [None] * (10 - len(operands))
-        constants = {"R1": sizes[0][1], "C1": sizes[0][2], "R2": sizes[-1][1], "C2": sizes[-1][2]}
-        constants |= {"FLAGS": flags, "HELD": n_experts // flags, "POW2": pow2}
-        programs = min(_WEIGHT_PROGRAMS, n_blocks)
-        launch(_quantize_weights, programs, (*operands, changed, blocks[0], n_blocks), constants, num_warps=8)
+        operands += [None] * (10 - len(operands)) + [changed, n_first, n_blocks]
+        launch(_quantize_weights, min(_WEIGHT_PROGRAMS, n_blocks), tuple(operands), constants, num_warps=8)
     return into
+
+
+@cache
+def _blocks_of_weights(sizes: tuple, n_flags: int | None, pow2: bool):
+    """(blocks of the first weight, of all, the kernel's constants)."""
+    n_experts, *first = sizes[0]
+    others, *last = sizes[-1]
+    if others != n_experts:
+        raise ValueError(f"w: got {others} experts in the second weight, need {n_experts} as in the first")
+    blocks = [n_experts * (rows // _GROUP) * (columns // _GROUP) for _, rows, columns in sizes]
+    flags = 1 if n_flags is None else n_flags // len(sizes)
+    constants = {"R1": first[0], "C1": first[1], "R2": last[0], "C2": last[1]}
+    return blocks[0], sum(blocks), constants | {"FLAGS": flags, "HELD": n_experts // flags, "POW2": pow2}
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
@@ -195,10 +214,12 @@ def _quantize_tokens(
     rows, row_scale, gather, scatter, data, scale, n_blocks, n_slots,
     C: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr,
 ):  # fmt: skip
-    """128 sorted rows by COLUMNS columns: read as lines of the rows and written as lines of the columns."""
-    programs: tl.constexpr = C // COLUMNS
-    block = (tl.program_id(0) // programs).to(tl.int64)
-    first_column = tl.program_id(0) % programs * COLUMNS
+    """128 sorted rows by COLUMNS columns: read as lines of the rows and written as lines of the columns.
+
+    Programs that run at the same time have the same columns: a row that several experts get is still in the L2 cache
+    when the next one asks for these of it, which of whole rows is not so."""
+    block = (tl.program_id(0) % n_blocks).to(tl.int64)
+    first_column = tl.program_id(0) // n_blocks * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
     four = block * _FOURS + tl.arange(0, _FOURS)
     values = ()
@@ -210,7 +231,7 @@ def _quantize_tokens(
         else:
             row = tl.load(gather + m).to(tl.int64)
         # A pad is 0 whatever its row holds.
-        value = tl.load(rows + row[:, None] * APART + column[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        value = _wide(tl.load(rows + row[:, None] * APART + column[None, :], mask=real[:, None], other=0.0))
         if row_scale is not None:
             of_row = tl.load(row_scale + row * (APART // _G) + first_column // _G, mask=real, other=0.0)
             value *= of_row[:, None]
@@ -259,14 +280,14 @@ def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True, co
     data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=beside(rows))
     scale = torch.empty([n_blocks, width], dtype=torch.float32, device=beside(rows))
     if n_blocks and width:
-        at_once = 64 if row_scale is None else 128  # whole lines of 16-bit and of 8-bit rows
+        at_once, warps = _TOKEN_SHARES[rows.dtype]
         gather = routing.x_gather_idx if gathered else None
         launch(
             _quantize_tokens,
             n_blocks * (width // at_once),
             (rows, row_scale, gather, routing.s_scatter_idx, data, scale, n_blocks, routing.n_slots),
             {"C": width, "APART": apart, "COLUMNS": at_once, "POW2": pow2},
-            num_warps=at_once // 16,  # 64 numbers for each thread
+            num_warps=warps,
         )
     return data, scale
 

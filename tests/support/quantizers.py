@@ -153,7 +153,8 @@ def check_quantize_weights(device, shapes=WEIGHTS, kinds=KINDS):
         # Alone, and beside one of another shape, before it and behind it.
         other = draw(rng, (shape[0], 128, 384), kind, dtype, device)
         about = f"weight {shape} {kind} {dtype} pow2={pow2}"
-        for place, number, pair in (("alone", 0, (given,)), ("first", 0, (given, other)), ("second", 1, (other, given))):
+        places = {"alone": (0, (given,)), "first": (0, (given, other)), "second": (1, (other, given))}
+        for place, (number, pair) in places.items():
             made = triton_quantize.quantize_weights(pair, pow2)[number]
             found += differences(f"{about} {place}", made[:2], (wanted.data, wanted.scale))
             found += differences(f"{about} {place}, transposed", made[2:], (turned.data, turned.scale))

@@ -354,6 +354,8 @@ def check_flags(device):
     kept = triton_fingerprint.fingerprint(moved, table=table, memory=memory)
     if kept.changed.tolist() != [0, 1, 0, 0, 0, 0]:
         found.append(f"kept memory, one changed: {kept.changed.tolist()}")
+    if memory.arrived.tolist() != [0] * 6:
+        found.append(f"left of the count of parts: {memory.arrived.tolist()}")
     return found
 
 
