@@ -1,6 +1,6 @@
 // Paddle's collective interface (xccl_*) over NCCL, which is looked for when the first of them is called.
 //
-// SONIC_MOE_NCCL names the library, libnccl.so.2 if it is not set. What only moves travels as bytes, so that every type
+// SONICMOE_NCCL names the library, libnccl.so.2 if it is not set. What only moves travels as bytes, so that every type
 // of Paddle's does; sums know the types that NCCL adds.
 #include "paddle/phi/backends/device_ext.h"
 
@@ -27,7 +27,7 @@ struct Nccl {
 
 Nccl load() {
   Nccl made;
-  const char* named = std::getenv("SONIC_MOE_NCCL");
+  const char* named = std::getenv("SONICMOE_NCCL");
   const char* file = named != nullptr && *named ? named : "libnccl.so.2";
   void* library = dlopen(file, RTLD_NOW | RTLD_LOCAL);
   const char* missing = library == nullptr ? dlerror() : nullptr;
@@ -42,7 +42,7 @@ Nccl load() {
   take(made.ncclGetErrorString, "ncclGetErrorString");
   made.found = missing == nullptr;
   if (!made.found) {
-    std::fprintf(stderr, "%s: no NCCL for paddle.distributed: %s: %s; set SONIC_MOE_NCCL to the path of libnccl.so.2\n",
+    std::fprintf(stderr, "%s: no NCCL for paddle.distributed: %s: %s; set SONICMOE_NCCL to the path of libnccl.so.2\n",
                  kName, file, missing);
   }
   return made;
