@@ -7,8 +7,10 @@ they are there; on a failure the end of each rank's log. --limit ends it all.
 
 exact        each collective against NumPy, exactly
 movement     dispatch and combine on Paddle's tape, exactly
-bf16, fp8_payload, fp8    ExpertParallelMoE beside one rank with all experts; what travels and computes in FP8
 speed        how fast an all-to-all is
+bf16         ExpertParallelMoE forward and backward beside one rank with all experts, and the same bits four times
+fp8_payload  the same, with tokens and the gradients of outputs travelling as FP8
+fp8          the same, with experts that compute in FP8
 """
 
 import argparse
@@ -23,12 +25,13 @@ import uuid
 import multicard_smoke as smoke
 
 PARTS = pathlib.Path(__file__).resolve().parent / "gpu_paddle"
-CASES = ("exact", "movement", "bf16", "fp8_payload", "fp8", "speed")
+CASES = ("exact", "movement", "speed", "bf16", "fp8_payload", "fp8")
+PASSED = ("SONICMOE_", "XDG_", "QUACK_", "CUTE_")
 
 
 def environment(asked, mark: str) -> dict[str, str]:
     env = smoke.environment(mark)
-    env |= {name: value for name, value in os.environ.items() if name.startswith("SONICMOE_")}
+    env |= {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     path = [str(smoke.ROOT), str(PARTS.parent), *([str(asked.paddle_site.resolve())] if asked.paddle_site else [])]
     env["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [env.get("PYTHONPATH")])])
     env["CUSTOM_DEVICE_ROOT"] = str(asked.plugin.resolve())

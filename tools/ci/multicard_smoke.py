@@ -118,8 +118,8 @@ def watch(child, folder: pathlib.Path, ranks: int, limit: float, look=lambda: No
 
 
 def show_logs(logs: pathlib.Path) -> None:
-    # Paddle's workerlog.N and torch's stdout.log and stderr.log; beside them Paddle's launcher lists its environment.
-    for path in sorted(path for path in logs.rglob("*") if path.is_file() and path.name.startswith(("workerlog", "std"))):
+    # Paddle's workerlog.N, and torch's stdout.log and stderr.log. Beside them Paddle's launcher lists its environment.
+    for path in sorted([*logs.rglob("workerlog.*"), *logs.rglob("std*.log")]):
         lines = path.read_text(errors="replace").strip().splitlines()
         if lines:
             print(f"--- {path.relative_to(logs)}", *lines[-SHOWN_LINES:], sep="\n")

@@ -1,15 +1,17 @@
-"""One rank of ``gpu_paddle_ranks.py``: collectives, and the layer with its experts spread over the ranks beside one that
-holds all of them.
+"""One rank of ``gpu_paddle_ranks.py``: collectives, and the layer with its experts spread over the ranks beside one
+that holds all of them.
 
     ranks.py [--backend naive] [--tiny] FOLDER NAME ...
 
-A failure ends the process, and with it the job: the other ranks would wait for this one.
+A failure ends the process at once, and with it the job: the other ranks would wait for this one, and so would this one
+for them where it leaves their communicator in order.
 """
 
 import argparse
 import faulthandler
 import os
 import time
+import traceback
 from pathlib import Path
 
 import gpu_paddle.no_torch  # noqa: F401  before anything that could import it
@@ -18,9 +20,9 @@ import paddle
 import paddle.distributed as dist
 from gpu_paddle import collectives, rig
 
-# Two roundings to bf16 apart, as benchmarks/ep.py has it for torch; FP8 quantizes alike on both sides, so that a code
-# may differ by one where its input is rounded otherwise.
-NEAR = {"bf16": 2e-2, "fp8_payload": 0.12, "fp8": 0.12}
+# What a token's experts give is rounded to bf16 on each rank before it is added, and FP8 moves by a code where that
+# changes what is quantized: 2e-3 in all of them on the CPU.
+NEAR = {"bf16": 1e-2, "fp8_payload": 2e-2, "fp8": 3e-2}
 WIRE = dict(fp8_dispatch=True, fp8_combine_grad=True)
 LAYERS = {"bf16": ({}, {}), "fp8_payload": (WIRE, {}), "fp8": (WIRE, dict(use_fp8=True, fp8_wgrad=True))}
 SIZES = dict(num_experts=8, num_experts_per_tok=2, hidden_size=256, intermediate_size=128, std=0.08)
@@ -72,6 +74,25 @@ def movement():
         np.testing.assert_array_equal(rig.numbers(found), wanted[name], err_msg=name)
     assert sum(call.counts) == int((rig.numbers(call.local_indices) >= 0).sum())
     return f"{int(goes.sum())} rows left"
+
+
+@case
+def speed():
+    """An equal share of the bytes to each rank, itself included."""
+    width, rounds = 4096, 20
+    rows = (16 if ASKED.tiny else 16384) // SIZE * SIZE
+    given = paddle.zeros([rows, width], dtype="int32")
+    found = paddle.empty_like(given)
+    for number in range(2 * rounds):
+        if number == rounds:
+            paddle.device.synchronize(DEVICE)
+            begin = time.perf_counter()
+        dist.alltoall_single(found, given)
+    paddle.device.synchronize(DEVICE)
+    seconds = (time.perf_counter() - begin) / rounds
+    sent = rows * width * 4
+    away = sent * (SIZE - 1) / SIZE / seconds
+    return f"all_to_all of {sent >> 20} MiB: {seconds * 1e3:.3f} ms, {away / 1e9:.0f} GB/s to others"
 
 
 def layer_over(group, name: str):
@@ -134,24 +155,6 @@ for _name in LAYERS:
     _layer_case(_name)
 
 
-@case
-def speed():
-    """An equal share of the bytes to each rank, itself included."""
-    width, rounds = 4096, 20
-    rows = (16 if ASKED.tiny else 16384) // SIZE * SIZE
-    given = paddle.zeros([rows, width], dtype="int32")
-    found = paddle.empty_like(given)
-    for number in range(2 * rounds):
-        if number == rounds:
-            paddle.device.synchronize(DEVICE)
-            begin = time.perf_counter()
-        dist.alltoall_single(found, given)
-    paddle.device.synchronize(DEVICE)
-    seconds = (time.perf_counter() - begin) / rounds
-    sent = rows * width * 4
-    return f"all_to_all of {sent >> 20} MiB: {seconds * 1e3:.3f} ms, {sent * (SIZE - 1) / SIZE / seconds / 1e9:.0f} GB/s sent"
-
-
 def main() -> None:
     for name in ASKED.names:
         begin = time.perf_counter()
@@ -177,4 +180,8 @@ if __name__ == "__main__":
     RANK, SIZE = dist.get_rank(), dist.get_world_size()
     DEVICE = paddle.device.get_device()
     ALONE = [dist.new_group([rank]) for rank in range(SIZE)][RANK]
-    main()
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
