@@ -135,7 +135,7 @@ def beside_one_rank(name: str, rows: list[int]) -> str:
         apart = rig.distance(value, wanted[key]) if value.size else 0.0
         worst = max(worst, apart)
         assert apart <= NEAR[name], f"{name}: {key} is {apart:.2e} away, more than {NEAR[name]:.0e}"
-    for _ in range(3):
+    for _ in range(1 if ASKED.tiny else 3):
         for key, value in run(layer, x[mine], dout[mine]).items():
             assert value.tobytes() == found[key].tobytes(), f"{name}: {key} has other bits than before"
     return f"{worst:.1e}"
