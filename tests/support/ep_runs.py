@@ -28,8 +28,8 @@ def training(parts: int, **changes) -> dict:
 
 
 def run(framework: str, ranks: int, cases: dict, folder: Path, limit_s: int = LIMIT_S, plugin=None) -> list[dict]:
-    """{case: {name: array}} of each rank. ``ranks`` 0 is a process without a launcher. On the CPU, or with ``plugin`` on
-    Paddle's device plugin that lies there, over its stand-ins."""
+    """{case: {name: array}} of each rank. ``ranks`` 0 is a process without a launcher. On the CPU, or with ``plugin``
+    on Paddle's device plugin that lies there, over its stand-ins."""
     folder.mkdir(parents=True)
     settings = folder / "settings.json"
     named = {name: {**case, "name": name} for name, case in cases.items()}
