@@ -168,6 +168,26 @@ def several_under_way(rank, size):
 
 
 @check
+def groups_of_some(rank, size):
+    """Even and odd ranks apart; with fewer than four a group would have one rank."""
+    if size < 4:
+        return
+    apart = [dist.new_group(list(range(first, size, 2))) for first in range(2)]
+    mine, members = apart[rank % 2], list(range(rank % 2, size, 2))
+    given = every(size, 9)
+    found = tensor(given[rank], "int32")
+    dist.all_reduce(found, group=mine)
+    same(found, sum(given[member] for member in members), "int32")
+    found = tensor(given[rank], "int32")
+    dist.broadcast(found, src=members[-1], group=mine)
+    same(found, given[members[-1]], "int32")
+    parts = every(size, len(members), 3)
+    found = tensor(np.zeros([len(members), 3]), "int32")
+    dist.alltoall_single(found, tensor(parts[rank], "int32"), group=mine)
+    same(found, np.stack([parts[member][members.index(rank)] for member in members]), "int32")
+
+
+@check
 def barrier(rank, size):
     for _ in range(3):
         dist.barrier()

@@ -138,7 +138,17 @@ def beside_one_rank(name: str, rows: list[int]) -> str:
     for _ in range(1 if ASKED.tiny else 3):
         for key, value in run(layer, x[mine], dout[mine]).items():
             assert value.tobytes() == found[key].tobytes(), f"{name}: {key} has other bits than before"
-    return f"{worst:.1e}"
+    if name == "bf16":
+        return f"{worst:.1e}"
+    # Both sides quantize alike, and are near each other for that. How far bf16 is away tells that they do, and that a
+    # side which does not would not be near.
+    plain, least = run(layer_over(ALONE, "bf16"), x, dout), np.inf
+    plain |= {"out": plain["out"][mine], "dx": plain["dx"][mine]}
+    for key in ("out", "dx", "router"):
+        if wanted[key].size:
+            least = min(least, rig.distance(plain[key], wanted[key]))
+    assert least > 1.5 * NEAR[name], f"{name}: bf16 is only {least:.2e} away: nothing was quantized"
+    return f"{worst:.1e} and bf16 {least:.1e}"
 
 
 def _layer_case(name: str):
