@@ -10,6 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # `tests.support` is imported by that name, from whatever folder pytest was started in.
 sys.path.insert(0, str(ROOT))
 
+from tests.support.paddle_plugin import plugin  # noqa: E402, F401
+
 # Hooks: tests of the torch layer run in a child process that has torch.
 from tests.support.torch_child import poisoned_torch, pytest_pyfunc_call, pytest_runtest_logreport  # noqa: E402, F401
 

@@ -20,6 +20,7 @@ SOURCES = ROOT / "csrc" / "paddle_cuda_device"
 STAND_IN = ROOT / "tests" / "paddle_device"
 NAME = "libsonicmoe_gpu.so"
 DRIVER = "libcuda.so.1"
+NCCL = "libnccl.so.2"
 FLAGS = ["-O2", "-std=c++17", "-w", "-DPADDLE_WITH_CUSTOM_DEVICE", "-DPADDLE_WITH_CUSTOM_KERNEL"]
 ARCHES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
@@ -41,7 +42,7 @@ def tool(*names: str) -> str:
 
 def commands(folder: Path, paddle: Path, stand_in: bool) -> tuple[list[list[str]], list[str]]:
     """(what may run at the same time, what links the result)."""
-    link = [f"-L{paddle / 'libs'}", "-l:libphi_core.so", "-l:libcommon.so", "-o", str(folder / NAME)]
+    link = [f"-L{paddle / 'libs'}", "-l:libphi_core.so", "-l:libcommon.so", "-ldl", "-o", str(folder / NAME)]
     if stand_in:
         compiler = [tool("c++", "g++"), "-fPIC", "-fvisibility=hidden", f"-I{STAND_IN}", "-x", "c++"]
         linker = [compiler[0], "-shared"]
@@ -63,16 +64,22 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
+def stand_in_libraries(folder: Path) -> None:
+    compiler = [tool("c++", "g++"), "-O2", "-std=c++17", "-fPIC", "-shared", f"-I{STAND_IN}", f"-I{SOURCES}"]
+    driver = [f"-L{folder}", f"-l:{DRIVER}", "-Wl,-rpath,$ORIGIN"]
+    for source, name, links in (("stand_in.cpp", DRIVER, []), ("stand_in_nccl.cpp", NCCL, driver)):
+        run([*compiler, f"-Wl,-soname,{name}", str(STAND_IN / source), "-o", str(folder / name), *links])
+
+
 def build(out: Path, stand_in: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        if stand_in:  # what the plugin links to, and what our own questions to the driver find loaded then
-            folder, sources = Path(scratch), [str(path) for path in STAND_IN.glob("*.cpp")]
-            options = ["-O2", "-std=c++17", "-fPIC", "-shared", f"-Wl,-soname,{DRIVER}", f"-I{STAND_IN}"]
-            run([tool("c++", "g++"), *options, *sources, "-o", str(folder / DRIVER)])
+        if stand_in:  # what the plugin links to and loads, and what our own questions to the driver find loaded then
+            stand_in_libraries(Path(scratch))
             # In a folder below: Paddle loads every library of this one as a plugin.
             (out / "driver").mkdir(exist_ok=True)
-            shutil.copy(folder / DRIVER, out / "driver" / DRIVER)
+            for name in (DRIVER, NCCL):
+                shutil.copy(Path(scratch) / name, out / "driver" / name)
         compiled, link = commands(Path(scratch), paddle_folder(), stand_in)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, compiled))

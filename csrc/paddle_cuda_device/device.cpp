@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "collectives.h"
 #include "state.h"
 
 namespace paddle_cuda_device {
@@ -339,6 +340,7 @@ __attribute__((visibility("default"))) void InitPlugin(CustomRuntimeParams* para
   std::memset(params->interface, 0, sizeof(C_DeviceInterface));
   params->interface->size = sizeof(C_DeviceInterface);
   paddle_cuda_device::fill(params->interface);
+  paddle_cuda_device::fill_collectives(params->interface);
 }
 
 // For tests, through ctypes.

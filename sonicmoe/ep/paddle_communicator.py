@@ -53,6 +53,28 @@ class _AllToAll:
         dist.barrier(self.group)
 
 
+class _OnPlugin(_AllToAll):
+    """For a device plugin (xccl). Operators that it has no kernel for run on the CPU, and may leave their results
+    there, as those without an element; collectives take what is on the device."""
+
+    def __init__(self, group):
+        super().__init__(group)
+        self.place = paddle.zeros([1]).place
+
+    def _moved(self, tensor):
+        return tensor if tensor.place == self.place else tensor.to(self.place)
+
+    def exchange_counts(self, counts_RC):
+        return super().exchange_counts(self._moved(counts_RC))
+
+    def begin_exchange(self, rows, sent, received):
+        return super().begin_exchange(self._moved(rows), sent, received)
+
+    def sum_(self, tensor):
+        there = super().sum_(self._moved(tensor))
+        return tensor if there is tensor else tensor.copy_(there)
+
+
 class _Pairs(_AllToAll):
     """Composed of send and recv, for gloo.
 
@@ -95,6 +117,7 @@ def of(group=None):
     """The group's communicator; without paddle.distributed, or in a group of one, that of a rank alone."""
     if group is None and not dist.is_initialized():
         return Alone()
-    if dist.get_world_size(group) == 1:
+    # Of a group of one Paddle says that nobody is in it.
+    if dist.get_world_size(group) == 1 or (group is not None and list(group.ranks) == [dist.get_rank()]):
         return Alone()
-    return (_Pairs if dist.get_backend(group).lower() == "gloo" else _AllToAll)(group)
+    return {"gloo": _Pairs, "xccl": _OnPlugin}.get(dist.get_backend(group).lower(), _AllToAll)(group)

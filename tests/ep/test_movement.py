@@ -31,6 +31,7 @@ def cases(ranks: int) -> dict:
 
 FRAMEWORKS = [
     pytest.param("paddle", marks=pytest.mark.dist),
+    pytest.param("paddle on the plugin", marks=[pytest.mark.dist, pytest.mark.torch]),
     pytest.param("torch", marks=[pytest.mark.dist, pytest.mark.torch]),
 ]
 
@@ -42,9 +43,10 @@ def framework(request):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request, framework, tmp_path_factory):
-    ranks = request.param
+    ranks, (name, _, on_plugin) = request.param, framework.partition(" ")
     folder = tmp_path_factory.mktemp("movement") / "run"
-    return ranks, ep_runs.run(framework, ranks, cases(ranks), folder, limit_s=90)
+    plugin = request.getfixturevalue("plugin") if on_plugin else None
+    return ranks, ep_runs.run(name, ranks, cases(ranks), folder, limit_s=90, plugin=plugin)
 
 
 DEEPEP = ["uneven", "holes", "one rank gets all", "fp8"]

@@ -1,7 +1,5 @@
 """The device plugin for stock Paddle, over its stand-in for CUDA: what it must do anywhere, and the node on it."""
 
-import importlib.util
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,18 +19,6 @@ CHECKS = ("views_read", "views_written", "memory_comes_back", "too_much_is_an_er
 CHECKS += ("blocks_are_handed_out_again", "layer_on_another_device", "streams_and_events", "counters")
 NODE = ("numerics", "edges", "layers", "one_forward_one_backward", "recompute", "weights_that_change")
 NODE += ("weights_that_change_in_flight", "adamw", "checkpoint", "two_streams")
-
-
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory) -> Path:
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler to build the device plugin with")
-    spec = importlib.util.find_spec("paddle")
-    if not Path(spec.origin).with_name("include").is_dir():
-        pytest.skip("this paddle has no headers to build the device plugin against")
-    folder = tmp_path_factory.mktemp("plugin")
-    children.python(BUILD, folder, "--stand-in", timeout=300)
-    return folder
 
 
 def environment(plugin: Path, *more: Path, **variables) -> dict[str, str]:

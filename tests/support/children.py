@@ -154,11 +154,13 @@ def answer(script, *args, **kwargs):
         pytest.fail(f"the child's last line is no JSON\n{done.report()}", pytrace=False)
 
 
-def launch(script: Path, *args, folder: Path, ranks=2, timeout=180) -> Done:
-    """Run the script as ``ranks`` processes of Paddle's launcher, on the CPU and the loopback interface alone."""
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", ranks, "--backend", "gloo"]
+def launch(script: Path, *args, folder: Path, ranks=2, timeout=180, device: dict | None = None) -> Done:
+    """Run the script as ``ranks`` processes of Paddle's launcher, on the loopback interface alone. On the CPU, or on a
+    device plugin with ``device``, the variables that name it."""
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", ranks]
+    command += [] if device else ["--backend", "gloo"]
     command += ["--host", "127.0.0.1", "--log_dir", folder / "logs", script, *args]
-    done = run(command, env=clean_env(), cwd=folder, timeout=timeout)
+    done = run(command, env=clean_env(**(device or {})), cwd=folder, timeout=timeout)
     if done.status != 0 or done.ended:
         logs = sorted((folder / "logs").glob("workerlog.*"))
         shown = [line for log in logs for line in section(f"rank {log.suffix[1:]}", log.read_text(errors="replace"))]

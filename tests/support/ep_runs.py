@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support import children
+from tests.support import children, paddle_plugin
 
 WORKER = children.WORKERS / "expert_parallel.py"
 LIMIT_S = 150
@@ -27,8 +27,9 @@ def training(parts: int, **changes) -> dict:
     return {**_TRAINING, "parts": parts, **changes}
 
 
-def run(framework: str, ranks: int, cases: dict, folder: Path, limit_s: int = LIMIT_S) -> list[dict]:
-    """{case: {name: array}} of each rank. ``ranks`` 0 is a process without a launcher."""
+def run(framework: str, ranks: int, cases: dict, folder: Path, limit_s: int = LIMIT_S, plugin=None) -> list[dict]:
+    """{case: {name: array}} of each rank. ``ranks`` 0 is a process without a launcher. On the CPU, or with ``plugin``
+    on Paddle's device plugin that lies there, over its stand-ins."""
     folder.mkdir(parents=True)
     settings = folder / "settings.json"
     named = {name: {**case, "name": name} for name, case in cases.items()}
@@ -40,7 +41,8 @@ def run(framework: str, ranks: int, cases: dict, folder: Path, limit_s: int = LI
         done = children.run([sys.executable, *launcher, WORKER, *arguments], env=env, cwd=folder, timeout=limit_s)
         children.check(done)
     elif ranks:
-        children.launch(WORKER, *arguments, folder=folder, ranks=ranks, timeout=limit_s)
+        device = paddle_plugin.variables(plugin, ranks, folder) if plugin else None
+        children.launch(WORKER, *arguments, folder=folder, ranks=ranks, timeout=limit_s, device=device)
     else:
         children.python(WORKER, *arguments, timeout=limit_s)
     return [_load(folder / f"rank{rank}.npz") for rank in range(max(ranks, 1))]

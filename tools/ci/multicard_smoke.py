@@ -95,8 +95,8 @@ def gone(folder: pathlib.Path, ranks: int) -> list[int]:
     return found
 
 
-def watch(child, folder: pathlib.Path, ranks: int, limit: float) -> str | None:
-    """What went wrong, or None."""
+def watch(child, folder: pathlib.Path, ranks: int, limit: float, look=lambda: None) -> str | None:
+    """What went wrong, or None. ``look`` is called again and again meanwhile."""
     began, lost, lost_at = time.monotonic(), [], 0.0
     while True:
         status, now = child.poll(), time.monotonic()
@@ -113,11 +113,13 @@ def watch(child, folder: pathlib.Path, ranks: int, limit: float) -> str | None:
             return f"{who}; the others were ended after {GRACE_S} s"
         if now - began > limit:
             return f"still running after {limit:.0f} s, ended"
+        look()
         time.sleep(0.02)
 
 
 def show_logs(logs: pathlib.Path) -> None:
-    for path in sorted(path for path in logs.rglob("*") if path.is_file()):
+    # Paddle's workerlog.N, and torch's stdout.log and stderr.log. Beside them Paddle's launcher lists its environment.
+    for path in sorted([*logs.rglob("workerlog.*"), *logs.rglob("std*.log")]):
         lines = path.read_text(errors="replace").strip().splitlines()
         if lines:
             print(f"--- {path.relative_to(logs)}", *lines[-SHOWN_LINES:], sep="\n")
