@@ -91,7 +91,7 @@ def test_share_of_tokens_by_drawing(experts, ranks, topk):
 def test_predictions_follow_the_bandwidths():
     shape = model.Shape(experts=128, ranks=4)
     found = model.predict(shape)
-    no_start = dict(start=0.0, per_peer=0.0, host_wait=0.0)
+    no_start = dict(start=0.0, per_peer=0.0, host=0.0)
     slow = model.predict(shape, model.Machine(nvlink=model.Machine().nvlink / 2, **no_start))
     fast = model.predict(shape, model.Machine(nvlink=math.inf, **no_start))
     plain = model.predict(shape, model.Machine(**no_start))
@@ -112,6 +112,9 @@ def test_overlap_hides_the_smaller_part():
     found = model.Prediction(dispatch=1.0, experts=10.0, combine=1.0)
     assert found.overlapped(1) == found.step == 12.0 and found.overlapped(2) == 11.0
     assert model.Prediction(6.0, 4.0, 6.0).overlapped(2) == 14.0
+    # What the host does once stays, and each piece reads the weights for itself.
+    cut = model.Prediction(dispatch=1.5, experts=10.0, combine=1.0, host=0.5, weights=3.0)
+    assert cut.overlapped(1) == cut.step == 12.5 and cut.overlapped(2) == 14.5
 
 
 def test_the_page_shows_what_the_command_prints(capsys):
