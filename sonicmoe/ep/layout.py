@@ -65,13 +65,11 @@ def engine_for(tensor):
 
 
 def make_layouts(pieces, n_experts: int, comm) -> list[Planned]:
-    """For ``pieces`` of (indices [T,K], probs [T,K] float32). ``indices`` number the experts of the whole layer; those
-    that are none are sent nowhere.
+    """For ``pieces`` of checked (indices [T,K], probs [T,K] float32). ``indices`` number the experts of the whole layer;
+    those that are none are sent nowhere.
 
     All ranks call it together, with as many pieces. The host waits for the device once, for the counts of all.
     """
-    for indices, _ in pieces:
-        check_indices(indices)
     held = len(experts_of_rank(n_experts, comm.rank, comm.size))
     begun = [engine_for(indices).begin(indices, probs, n_experts, comm.size) for indices, probs in pieces]
     mine = [counts for counts, _ in begun]

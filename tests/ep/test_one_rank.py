@@ -243,9 +243,9 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="n_experts: got 6, need a multiple of 4, the ranks that share them"):
         layout.experts_of_rank(6, 0, 4)
     with pytest.raises(TypeError, match="indices: got dtype float32, need int32 or int64"):
-        layout.make_layouts([(indices.astype("float32"), probs)], E, Alone())
+        paddle_tape.open_calls([(x, probs, indices.astype("float32"))], E, AllToAll(Alone()))
     with pytest.raises(ValueError, match=r"indices: got shape \[48\], need 2 dimensions \[T, K\]"):
-        layout.make_layouts([(indices.reshape([-1]), probs)], E, Alone())
+        paddle_tape.open_calls([(x, probs, indices.reshape([-1]))], E, AllToAll(Alone()))
     with pytest.raises(ValueError, match=r"probs: got shape \[24, 1\], need \[24, 2\]"):
         paddle_tape.open_calls([(x, probs[:, :1], indices)], E, AllToAll(Alone()))
     with pytest.raises(TypeError, match="probs: got dtype bfloat16, need float32"):
