@@ -65,7 +65,7 @@ def engine_for(tensor):
 
 
 def make_layouts(pieces, n_experts: int, comm) -> list[Planned]:
-    """For ``pieces`` of checked (indices [T,K], probs [T,K] float32). ``indices`` number the experts of the whole layer;
+    """For ``pieces`` of checked (indices [T,K], probs [T,K] float32). ``indices`` number the whole layer's experts;
     those that are none are sent nowhere.
 
     All ranks call it together, with as many pieces. The host waits for the device once, for the counts of all.
