@@ -160,7 +160,9 @@ def launch(script: Path, *args, folder: Path, ranks=2, timeout=180, device: dict
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", ranks]
     command += [] if device else ["--backend", "gloo"]
     command += ["--host", "127.0.0.1", "--log_dir", folder / "logs", script, *args]
-    done = run(command, env=clean_env(**(device or {})), cwd=folder, timeout=timeout)
+    # Its store on libuv, a thread of rank 0, ends that rank now and then when another one hangs up first.
+    env = clean_env(FLAGS_tcp_store_using_libuv=0, **(device or {}))
+    done = run(command, env=env, cwd=folder, timeout=timeout)
     if done.status != 0 or done.ended:
         logs = sorted((folder / "logs").glob("workerlog.*"))
         shown = [line for log in logs for line in section(f"rank {log.suffix[1:]}", log.read_text(errors="replace"))]

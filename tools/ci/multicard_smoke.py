@@ -33,7 +33,9 @@ SHOWN_LINES = 25
 
 def environment(mark: str) -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if name in NAMES or name.startswith(PREFIXES)}
-    return {"OMP_NUM_THREADS": "1", **passed, "PYTHONUNBUFFERED": "1", MARK: mark}
+    # Paddle's store on libuv, a thread of rank 0, ends that rank now and then when another one hangs up first.
+    set_here = {"PYTHONUNBUFFERED": "1", "FLAGS_tcp_store_using_libuv": "0", MARK: mark}
+    return {"OMP_NUM_THREADS": "1", **passed, **set_here}
 
 
 def launcher(framework: str, ranks: int, logs: pathlib.Path) -> list[str]:

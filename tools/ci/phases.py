@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import check_house
@@ -61,6 +61,7 @@ class Result:
     skipped: int = 0
     note: str = ""
     seconds: float = 0.0
+    causes: dict[str, list[str]] = field(default_factory=dict)  # what was said, and the tests that it ended
 
     @property
     def ok(self):
@@ -108,6 +109,10 @@ def read_report(report, result):
         result.failed += count["failures"] + count["errors"]
         result.skipped += count["skipped"]
         result.passed += max(0, count["tests"] - count["failures"] - count["errors"] - count["skipped"])
+        for case in suite.iter("testcase"):
+            for said in (*case.iter("failure"), *case.iter("error")):
+                name = f"{case.get('classname', '')}::{case.get('name', '')}"
+                result.causes.setdefault(said.text or said.get("message", ""), []).append(name)
 
 
 def run_pytest(result, fast):
@@ -152,6 +157,17 @@ def run_phase(phase, fast):
     return result
 
 
+def print_causes(results, limit=6, lines=8):
+    """What failed and why, at the end, which a log that was cut short still has. Tests that fail alike are one."""
+    causes = [(names, said) for result in results for said, names in result.causes.items()]
+    for names, said in causes[:limit]:
+        print(f"\nFAILED {names[0]}" + (f" and {len(names) - 1} more alike" if len(names) > 1 else ""))
+        said = [line[:200] for line in said.splitlines() if line.strip()]
+        print("\n".join(f"    {line}" for line in (said if len(said) <= lines else [said[0], *said[1 - lines :]])))
+    if len(causes) > limit:
+        print(f"\nand {len(causes) - limit} other causes, above")
+
+
 def print_table(results):
     print(f"\n{'phase':<16}{'result':<8}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>10}")
     for result in results:
@@ -159,8 +175,9 @@ def print_table(results):
         counts = f"{result.passed:>8}{result.failed:>8}{result.skipped:>8}{result.seconds:>10.1f}"
         print(f"{result.phase.title:<16}{verdict:<8}{counts}  {result.note}".rstrip())
     total = [sum(getattr(result, name) for result in results) for name in ("passed", "failed", "skipped", "seconds")]
-    print(f"{'all':<16}{'':<8}{total[0]:>8}{total[1]:>8}{total[2]:>8}{total[3]:>10.1f}\n")
-    print(f"{total[0]} passed, {total[1]} failed, {total[2]} skipped", flush=True)
+    print(f"{'all':<16}{'':<8}{total[0]:>8}{total[1]:>8}{total[2]:>8}{total[3]:>10.1f}")
+    print_causes(results)
+    print(f"\n{total[0]} passed, {total[1]} failed, {total[2]} skipped", flush=True)
 
 
 def main():

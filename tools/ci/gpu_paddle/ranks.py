@@ -173,20 +173,6 @@ def main() -> None:
         if RANK == 0:
             print(f"ok {name} ({time.perf_counter() - begin:.1f} s) {said or ''}", flush=True)
     (ASKED.folder / f"done.{RANK}").touch()
-    if RANK != 0:
-        outlive_rank_0()
-
-
-def outlive_rank_0() -> None:
-    """Paddle's store is a thread of rank 0, and aborts it now and then when another rank hangs up first."""
-    process = int((ASKED.folder / "pid.0").read_text())
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":
