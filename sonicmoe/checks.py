@@ -76,14 +76,20 @@ def require_contiguous(name: str, tensor) -> None:
 
 
 def require_same_place(name: str, tensor, reference_name: str, reference) -> None:
-    given, needed = place_name(tensor), place_name(reference)
-    if given != needed:
+    if place_of(tensor) != place_of(reference):
+        given, needed = place_name(tensor), place_name(reference)
         raise ValueError(f"{name}: got a tensor on {given}, need {needed}, where {reference_name} is")
+
+
+def place_of(tensor):
+    """Paddle's place, torch's device: to be compared. Paddle's custom places have no torch-style device."""
+    place = getattr(tensor, "place", None)
+    return tensor.device if place is None else place
 
 
 def place_name(tensor) -> str:
     """``cpu``, ``cuda:0``, ``gpu:0``: one spelling per framework, good for comparing and for messages."""
-    place = getattr(tensor, "place", None)  # Paddle; its custom places have no torch-style device
+    place = getattr(tensor, "place", None)
     if place is not None:
         return str(place).removeprefix("Place(").removesuffix(")")
     return _device_name(tensor.device)
@@ -93,7 +99,8 @@ _device_name = cache(str)
 
 
 def is_cpu(tensor) -> bool:
-    return place_name(tensor) == "cpu"
+    place = getattr(tensor, "place", None)
+    return tensor.device.type == "cpu" if place is None else place.is_cpu_place()
 
 
 def require_int(name: str, value, minimum: int = 1) -> int:

@@ -56,7 +56,7 @@ def _answer_for_paddle(kind: str) -> None:
     ours.get_current_device = cuda_driver.current_device
     ours.set_current_device = cuda_driver.make_current
     ours.get_device_capability = cuda_driver.capability
-    ours.get_current_stream = lambda index: stream_of_place(f"{kind}:{index}")
+    ours.get_current_stream = lambda index: stream_of_place(kind, index)
     driver.set_active(ours)
 
 

@@ -82,7 +82,8 @@ class SonicMoEMlpNode:
         config = self._config()
         dispatch.check_hidden("x", x, self.hidden_size)
         require_gradient_carrier("x", x)
-        checks.require_same_place("x", x, "the first expert weight", self._store.place_of())
+        seen = self._store.look()
+        checks.require_same_place("x", x, "the first expert weight", seen.first[0])
         dispatch.check_topk(
             dispatched_indices,
             dispatched_probs,
@@ -105,8 +106,8 @@ class SonicMoEMlpNode:
             routing = dispatch.route(
                 dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config, "dispatched_indices"
             )
-            weights = self._store.current(plan)
-        experts1, experts2 = self._store.trainable()
+            weights = self._store.current(plan, seen)
+        experts1, experts2 = self._store.trainable(seen)
         call = ExpertCall(
             x=engine_x,
             routing=routing,

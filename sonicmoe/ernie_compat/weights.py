@@ -8,6 +8,7 @@ taken, compared and acted upon there (``quant.native_copies``), and the host wai
 
 import hashlib
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -32,6 +33,21 @@ def is_emptied(tensor) -> bool:
     return not tensor._is_initialized()
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The parameters of one moment, and the facts about them that a verdict may be remembered by: shape, dtype,
+    address and whether contiguous, of each. An address belongs to one device, so it tells the place as well. While
+    nothing changes the list of facts is the same object."""
+
+    first: list
+    second: list
+    facts: list
+
+    @property
+    def contiguous(self) -> bool:
+        return all([contiguous for *_, contiguous in self.facts])
+
+
 class WeightStore:
     """Parameters of one node: a list of experts, or one object with fused ``weight1`` and ``weight2``."""
 
@@ -46,6 +62,7 @@ class WeightStore:
         self._on_device: dict[tuple, NativeCopies] = {}  # the same, where a GPU keeps them up to date
         self._fingerprint: bytes | None = None
         self._epoch = 0
+        self._facts: list | None = None  # that ``check`` has found to be right
         self.check()
 
     def _as_list(self, experts):
@@ -98,44 +115,57 @@ class WeightStore:
                 )
             checks.require_same_place(name, param, *first)
 
-    def place_of(self):
-        return self.params1()[0]
+    def look(self) -> Look:
+        """The parameters now, checked. Every forward looks, once: with many experts that is most of its host time."""
+        first, second = self.params1(), self.params2()
+        try:
+            facts = [(p.shape, p.dtype, p.data_ptr(), p.is_contiguous()) for p in (*first, *second)]
+        except AttributeError:
+            self.check()  # says what is no tensor
+            raise
+        known = self._facts
+        if facts != known:
+            self.check()
+            self._facts = known = facts
+        return Look(first, second, known)
 
-    def trainable(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    def place_of(self):
+        return self._experts.weight1 if self.fused else self._experts[0].up_gate_proj.weight
+
+    def trainable(self, seen: Look) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """For each expert, whether its two weights take a gradient."""
         repeat = self.n_experts if self.fused else 1
-        return tuple(tuple([not p.stop_gradient for p in ps] * repeat) for ps in (self.params1(), self.params2()))
+        return tuple(tuple([not p.stop_gradient for p in params] * repeat) for params in (seen.first, seen.second))
 
-    def _read_fingerprint(self) -> bytes:
+    def _read_fingerprint(self, seen: Look) -> bytes:
         digest = hashlib.sha256()
-        for param in (*self.params1(), *self.params2()):
+        for param in (*seen.first, *seen.second):
             digest.update(f"{checks.dtype_name(param)} {checks.shape_of(param)}".encode())
             digest.update(tensor_bytes(param))
         return digest.digest()
 
-    def current(self, plan: Plan) -> ExpertWeights:
+    def current(self, plan: Plan, seen: Look | None = None) -> ExpertWeights:
         """This moment's weights as the engine reads them; copies are shared by all calls of one epoch."""
-        self.check()
-        params = self.params1(), self.params2()
+        seen = self.look() if seen is None else seen
         with self._lock:
-            if NativeCopies.can_hold([*params[0], *params[1]], plan.recipe, plan.backend):
-                return self._current_on_device(plan, *params)
-            fingerprint = self._read_fingerprint()
+            if seen.contiguous and NativeCopies.can_hold(seen.first[0], plan.recipe, plan.backend):
+                return self._current_on_device(plan, seen)
+            fingerprint = self._read_fingerprint(seen)
             if fingerprint != self._fingerprint:
                 self._fingerprint, self._copies = fingerprint, {}
                 self._epoch += 1
             key = (plan.storage, plan.recipe)
             if key not in self._copies:
-                self._copies[key] = self._make(plan)
+                self._copies[key] = self._make(plan, seen)
             return self._copies[key]
 
-    def _current_on_device(self, plan: Plan, params1: list, params2: list) -> ExpertWeights:
+    def _current_on_device(self, plan: Plan, seen: Look) -> ExpertWeights:
         key = (plan.storage, plan.recipe)
         copies = self._on_device.get(key)
         if copies is None:
             copies = self._on_device[key] = NativeCopies(plan.storage, plan.recipe, self.n_experts, self.glu)
         with paddle.no_grad():
-            plain1, plain2, fp8, watch = copies.current([p.detach() for p in params1], [p.detach() for p in params2])
+            plain1, plain2, fp8, watch = copies.current(seen.first, seen.second, seen.facts)
         return ExpertWeights(plain1, plain2, fp8, self.hidden_size, self.intermediate_size, watch)
 
     @property
@@ -144,11 +174,11 @@ class WeightStore:
         with self._lock:
             return max([self._epoch, *(copies.epoch() for copies in self._on_device.values())])
 
-    def _make(self, plan: Plan) -> ExpertWeights:
+    def _make(self, plan: Plan, seen: Look) -> ExpertWeights:
         with paddle.no_grad():
-            w1_EHF = self._stacked(self.params1(), plan.storage)
+            w1_EHF = self._stacked(seen.first, plan.storage)
             w1 = fused_grouped_w1_to_sonic(w1_EHF) if self.glu else fused_transpose_w2_layout(w1_EHF)
-            w2 = fused_transpose_w2_layout(self._stacked(self.params2(), plan.storage))
+            w2 = fused_transpose_w2_layout(self._stacked(seen.second, plan.storage))
             if plan.recipe is None:
                 return ExpertWeights(w1, w2, None, self.hidden_size, self.intermediate_size)
             fp8 = quantize_weights(w1, w2, plan.recipe, plan.backend)

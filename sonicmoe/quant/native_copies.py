@@ -38,34 +38,33 @@ class NativeCopies:
 
     def __init__(self, storage: str, recipe: Recipe | None, n_experts: int, gated: bool):
         self.storage, self.recipe, self.n_experts, self.gated = getattr(torch, storage), recipe, n_experts, gated
-        self._memory = self._table = self._made = self._epoch = self._told = None
+        self._memory = self._table = self._facts = self._made = self._epoch = self._told = None
         self._unfinished = False
         self._stream = self._event = None
 
     @staticmethod
-    def can_hold(params, recipe: Recipe | None, backend: str) -> bool:
-        """Whether the kernels are there for these parameters; else somebody has to look at them from the host."""
-        like = params[0]
+    def can_hold(like, recipe: Recipe | None, backend: str) -> bool:
+        """Whether the kernels are there for contiguous parameters like this one; else somebody has to look at them from
+        the host."""
         if triton_native is None or backend == "naive" or checks.is_cpu(like) or not is_cuda(like):
             return False
-        if recipe is not None and _compiled(like, recipe, backend) is None:
-            return False
-        return all(param.is_contiguous() for param in params)
+        return recipe is None or _compiled(like, recipe, backend) is not None
 
-    def current(self, params1: list, params2: list):
+    def current(self, params1: list, params2: list, facts):
         """(w1 [E,F,H], w2 [E,H,I], None, watch), or (None, None, FP8 copies, watch): the weights of this moment, on
-        the current stream."""
+        the current stream. ``facts`` is the same object as in the call before only if all parameters lie where they
+        lay then, in the same form."""
         stream = current_stream(params1[0])
         if self._stream not in (None, stream):
             self._event.wait(stream)
         try:
-            return self._bring_up_to_date(params1, params2)
+            return self._bring_up_to_date(params1, params2, facts)
         finally:
             self._event = self._event or cuda_driver.Event()
             self._stream = stream
             self._event.record(stream)
 
-    def _bring_up_to_date(self, params1, params2):
+    def _bring_up_to_date(self, params1, params2, facts):
         weights = [*params1, *params2]
         if self._memory is None:
             self._memory = triton_fingerprint.make_memory(weights)
@@ -77,8 +76,9 @@ class NativeCopies:
             self._epoch = self._epoch.clone()  # that of the memory before stands still: so does that memory
         mark = torch.empty([1], dtype=torch.int32, device=beside(weights[0]))
         self._unfinished = True
-        found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
-        self._table = found.table
+        in_place = self._facts is facts
+        found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory, in_place=in_place)
+        self._table, self._facts = found.table, facts
         triton_native.count_change(self._epoch, found.changed, mark, len(weights))
         changed = None if self._made is None else found.changed
         made = self._made or (None, None)

@@ -202,20 +202,22 @@ def make_memory(tensors) -> Memory:
     )
 
 
-def fingerprint(tensors, previous=None, table: Table | None = None, memory: Memory | None = None) -> Fingerprint:
+def fingerprint(
+    tensors, previous=None, table: Table | None = None, memory: Memory | None = None, in_place: bool = False
+) -> Fingerprint:
     """Hash each of the contiguous ``tensors`` (all on one device) and compare with ``previous``, an earlier call's
     ``state``; without one, or with zeros, all have changed. ``table`` of the earlier call saves the one copy to the
-    device, as long as the tensors lie where they lay. With ``memory`` its state is the previous one and takes the new
-    one, and the next call writes what this one gave."""
-    places = _places(tensors)
-    device = beside(tensors[0])
-    if table is None or table.places != places:
-        table = _make_table(places, device)
+    device, as long as the tensors lie where they lay; ``in_place``: the caller knows that they do. With ``memory`` its
+    state is the previous one and takes the new one, and the next call writes what this one gave."""
+    if not in_place:
+        places = _places(tensors)
+        if table is None or table.places != places:
+            table = _make_table(places, beside(tensors[0]))
     if memory is None:
         memory = make_memory(tensors)
         previous = torch.zeros_like(memory.state) if previous is None else previous
     state, changed, parts, arrived = memory
     previous = state if previous is None else previous
-    operands = (table.rows, parts, arrived, previous, state, changed, len(places))
+    operands = (table.rows, parts, arrived, previous, state, changed, len(table.places))
     launch(_hash_parts, table.n_parts, operands, {}, num_warps=4)
     return Fingerprint(changed, state, table)

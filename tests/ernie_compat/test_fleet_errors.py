@@ -347,9 +347,15 @@ def test_counts_and_indices_that_disagree_name_the_callers_argument(through, mon
     refused(lambda: through(counts=wrong), ValueError, f"^tokens_per_expert: got .* but {name} hold ")
 
 
+def pretend(monkeypatch, place) -> None:
+    """Tensors are where ``place`` says."""
+    monkeypatch.setattr(checks, "place_of", place)
+    monkeypatch.setattr(checks, "place_name", place)
+
+
 @ENTRIES
 def test_a_device_without_kernels(through, monkeypatch):
-    monkeypatch.setattr(checks, "place_name", lambda tensor: "xpu:0")
+    pretend(monkeypatch, lambda tensor: "xpu:0")
     forbid_engine(monkeypatch)
     refused(through, ValueError, "^device: got xpu, .*set backend='naive' in SonicMoEConfig")
     with pytest.raises(AssertionError, match="the engine ran"):
@@ -369,7 +375,7 @@ def test_tensors_on_two_devices(elsewhere, through, monkeypatch):
         away = given.dtype == kind and not isinstance(given, paddle.base.framework.EagerParamBase)
         return "gpu:1" if away else "cpu"
 
-    monkeypatch.setattr(checks, "place_name", place)
+    pretend(monkeypatch, place)
     forbid_engine(monkeypatch)
     blamed = names[elsewhere] if elsewhere != "x" or through is through_node else "topk_indices|w1"
     refused(through, ValueError, f"^({blamed}): got a tensor on (gpu:1|cpu), need (gpu:1|cpu), where")
@@ -379,7 +385,7 @@ def test_fleet_weights_on_another_device(monkeypatch):
     def place(given):
         return "gpu:1" if isinstance(given, paddle.base.framework.EagerParamBase) else "cpu"
 
-    monkeypatch.setattr(checks, "place_name", place)
+    pretend(monkeypatch, place)
     forbid_engine(monkeypatch)
     refused(through_fleet, ValueError, "^w1: got a tensor on gpu:1, need cpu, where hidden_states is")
 

@@ -20,9 +20,7 @@ def main():
     import sonicmoe.ernie_compat  # noqa: F401  from here on `import torch` is Paddle's proxy inside the package
     from sonicmoe.quant import native_copies
 
-    native_copies.NativeCopies.can_hold = staticmethod(
-        lambda params, recipe, backend: params[0].place.is_custom_place()
-    )
+    native_copies.NativeCopies.can_hold = staticmethod(lambda like, recipe, backend: like.place.is_custom_place())
     epoch = native_copies.NativeCopies.epoch
 
     def strict_epoch(self):

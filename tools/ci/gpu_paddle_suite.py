@@ -28,6 +28,7 @@ CASES = (
     "one_forward_one_backward",
     "recompute",
     "weights_that_change",
+    "weights_that_move",
     "weights_that_change_in_flight",
     "adamw",
     "checkpoint",

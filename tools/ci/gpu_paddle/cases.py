@@ -227,6 +227,30 @@ def weights_that_change(work):
 
 
 @case
+def weights_that_move(work):
+    """Other tensors in the parameters' places, some of them changed about, and back; for two recipes of one node by
+    turns."""
+    given, other = inputs(SMALL), inputs(replace(SMALL, seed=9))
+    turned = given | {name: np.concatenate([given[name][:2][::-1], given[name][2:]]) for name in ("w1", "w2")}
+    problems = {"first": given, "other": given | {"w1": other["w1"], "w2": other["w2"]}, "turned": turned}
+    recipes = list(RECIPES)[:2]
+    wanted = {(name, r): rig.bits(rig.Layer(of, r).forward()) for name, of in problems.items() for r in recipes}
+    layer = rig.Layer(given, recipes[0])
+    configs = {recipe: rig.Layer(given, recipe).node.config for recipe in recipes}
+    first = layer.parameters()
+    half = len(first) // 2
+    tensors = {"first": first, "other": rig.Layer(problems["other"], recipes[0]).parameters()}
+    tensors["turned"] = [first[1], first[0], *first[2:half], first[half + 1], first[half], *first[half + 2 :]]
+    for name in ("first", "other", "first", "turned", "first"):
+        for expert, w1, w2 in zip(layer.experts, tensors[name][:half], tensors[name][half:], strict=True):
+            expert.up_gate_proj.weight, expert.down_proj.weight = w1, w2
+        for recipe in (*recipes, recipes[0]):
+            layer.node.config = configs[recipe]
+            found = rig.bits(layer.forward())
+            assert found.tobytes() == wanted[name, recipe].tobytes(), f"{recipe}: not the weights of {name}"
+
+
+@case
 def weights_that_change_in_flight(work):
     """Weights that change between a forward and its backward. Behind ``step()`` the backward is that of its forward's
     weights; else, once another forward has been, it is that or NaN throughout, and the node says why."""
