@@ -100,7 +100,8 @@ def backward(
     if z is None:
         z, _ = run.up_projection(run.prepare_rows(saved.x, plan), weights, routing, plan, need_a=False)
     dz, pa, ds_parts = run.down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad=need_wgrad)
-    z = dout_rows = None
+    ds = run.score_gradient(ds_parts, routing, plan) if need_ds else None
+    z = dout_rows = ds_parts = None
     wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
     pa = None
     deliver = deliver_dw2 if wgrad is not None else None
@@ -114,7 +115,7 @@ def backward(
         deliver(wgrad)
     if plan.stagewise:
         saved.release()
-    return Grads(dx=dx, ds=run.score_gradient(ds_parts, routing, plan) if need_ds else None, wgrad=wgrad)
+    return Grads(dx=dx, ds=ds, wgrad=wgrad)
 
 
 __all__ = [

@@ -230,12 +230,13 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
         return
 
     def run(target):
-        # The copy of x by row is the largest of its time: made some columns at a time, it is not.
+        # The copy of x by row is the largest of its time: made some columns at a time, it is not. No name for a piece,
+        # which would keep it until the next one is there.
         hidden = int(target.shape[2])
         step = _columns_at_once(routing.n_rows, hidden, 1)
         for first in range(0, hidden, step):
-            x_t = _token_major(x, routing, plan, (first, min(hidden, first + step)))
-            _wgrad(dz.wgrad, x_t, target, routing, plan, buffers.overwrite, first)
+            columns = first, min(hidden, first + step)
+            _wgrad(dz.wgrad, _token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, first)
 
     deliver(run, buffers.dw1_EFH, buffers.experts1, buffers.overwrite)
 

@@ -115,6 +115,29 @@ def test_what_is_saved_dies_with_its_backward(config, monkeypatch):
     assert saved() is None, "a forward whose output is dropped stays in memory"
 
 
+def test_parts_of_the_scores_gradient_are_gone_before_dx(monkeypatch):
+    from sonicmoe.gemm import naive
+
+    made, alive = [], []
+    down_backward, up_backward = naive.down_projection_backward, naive.up_projection_backward
+
+    def down(*args, **options):
+        dz, pa, parts = down_backward(*args, **options)
+        made.append(weakref.ref(parts))
+        return dz, pa, parts
+
+    def up(*args, **options):
+        alive.append(made[-1]() is not None)
+        return up_backward(*args, **options)
+
+    monkeypatch.setattr(naive, "down_projection_backward", down)
+    monkeypatch.setattr(naive, "up_projection_backward", up)
+    problem = make_problem(**SMALL)
+    out, _, _ = forward_node(make_node(problem, config=BF16), problem)
+    out.backward(tensor(problem.dout))
+    assert alive == [False]
+
+
 def test_the_activation_is_gone_before_the_sums_want_memory(monkeypatch):
     from sonicmoe.gemm import naive  # needs the torch that the node has set up
 
