@@ -78,7 +78,7 @@ def topk_layer(
 ):
     """(out [T,H], router logits [T,E], tokens of each expert [E] int32), with weights in native layout."""
     config = SonicMoEConfig.current()
-    require_router(x, router_w)
+    require_router(x, router_w, w2_EHI)
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
         logits = logits_on_tape(x, router_w, config)
         scores, indices = route_topk(logits, k, is_softmax_over_topk, norm_topk_probs, config)

@@ -41,7 +41,7 @@ def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
     """All that comes before the experts, for the tokens of x [..,H] one after the other."""
     if x.ndim != 2:
         x = x.reshape(-1, x.shape[-1])
-    require_router(x, router_w)
+    require_router(x, router_w, w2)
     k = checked_topk(k, int(router_w.shape[0]))
     logits = router_logits(x, router_w)
     rows = compute_input(x)

@@ -140,6 +140,10 @@ def test_errors_of_the_topk_layer():
         ((x, moe.router.weight, w1, None, w2, None, 7, None), "K: got 7, need at most the number of experts, 6"),
         ((x[:, :32], moe.router.weight, w1, None, w2, None, 2, None), r"router_w: got shape \[6, 64\]"),
         ((x[0], moe.router.weight, w1, None, w2, None, 2, None), "x: got shape"),
+        # Fewer experts than weights too: their gradients would hold anything.
+        ((x, moe.router.weight[:4], w1, None, w2, None, 2, None), r"router_w: got shape \[4, 64\], need \[6, 64\]"),
+        ((x, moe.router.weight.repeat(2, 1), w1, None, w2, None, 2, None), r"router_w: got shape \[12, 64\], need \[6"),
+        ((x, moe.router.weight.to("meta"), w1, None, w2, None, 2, None), "router_w: got a tensor on meta, need cpu"),
     ):
         with pytest.raises(ValueError, match=f"^{says}"):
             moe_TC_softmax_topk_layer(*args)
