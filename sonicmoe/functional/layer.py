@@ -54,8 +54,11 @@ def route_topk(
     which ``norm_topk_probs`` divides by their sum. Among equal logits the lower expert comes first.
     """
     config = SonicMoEConfig.current() if config is None else config
+    checks.require_tensor("logits", logits)
+    checks.require_rank("logits", logits, 2, "[T, E]")
+    checks.require_dtype("logits", logits, (*checks.FLOAT_DTYPES, "float64"))
     k = checked_topk(k, int(logits.shape[1]))
-    with without_autocast(logits):
+    with on_stream(None, logits), without_autocast(logits):
         if is_softmax_over_topk or norm_topk_probs:  # divided by their sum, both are the same numbers
             return _SoftmaxOverTopk.apply(logits.contiguous(), k, config)
         with torch.no_grad():
