@@ -195,6 +195,7 @@ def main_grad_of(name: str, weight):
         checks.require_dtype(name, grad, ("float32",))
         checks.require_contiguous(name, grad)
         checks.require_same_place(name, grad, "the weight", weight)
+        checks.require_aligned(name, grad)
     return grad
 
 

@@ -165,6 +165,7 @@ def test_megatron_gets_its_flag_and_something_to_throw_away(zero_out):
         (lambda w: torch.zeros(w.shape[0], w.shape[2], w.shape[1]), ValueError, "w2.main_grad: got shape"),
         (lambda w: torch.zeros(w.shape[::-1]).permute(2, 1, 0), ValueError, "w2.main_grad: got a non-contiguous"),
         (lambda w: 3.0, TypeError, "w2.main_grad: got float, need a tensor"),
+        (lambda w: torch.zeros(w.numel() + 1)[1:].view(w.shape), ValueError, "w2.main_grad: begins 4 bytes behind a"),
     ],
 )
 def test_a_main_grad_of_another_kind_is_refused(make, kind, says):
