@@ -76,12 +76,12 @@ def require_contiguous(name: str, tensor) -> None:
 
 
 def require_aligned(name: str, tensor) -> None:
-    """For memory that kernels add to where it lies: no copy can take its place."""
+    """For what kernels read or add to where it lies, because a copy would cost too much or cannot take its place."""
     off = tensor.data_ptr() % ALIGN_BYTES
     if off:
         raise ValueError(
-            f"{name}: begins {off} bytes behind a multiple of {ALIGN_BYTES}, need one, as kernels write {ALIGN_BYTES} "
-            "bytes at a time (leave room before it in the buffer it is cut from)"
+            f"{name}: begins {off} bytes behind a multiple of {ALIGN_BYTES}, need one, as kernels move {ALIGN_BYTES} "
+            "bytes at a time (leave room before it in the buffer that it is cut from)"
         )
 
 

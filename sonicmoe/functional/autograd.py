@@ -157,7 +157,11 @@ def _engine_weights(w1, w2, plan: Plan):
         fp8, still_good = fp8_weights(w1, w2, plan)
         return ExpertWeights(None, None, fp8, hidden, intermediate), still_good
     storage = getattr(torch, plan.storage)
-    return ExpertWeights(in_dtype(w1, storage), in_dtype(w2, storage), None, hidden, intermediate), None
+    w1, w2 = in_dtype(w1, storage), in_dtype(w2, storage)
+    if plan.backend != "naive":
+        checks.require_aligned("w1", w1)
+        checks.require_aligned("w2", w2)
+    return ExpertWeights(w1, w2, None, hidden, intermediate), None
 
 
 def _apart(z):
