@@ -16,7 +16,7 @@ from ..routing.pairs import build as build_pairs
 from ..routing.pairs import order_by_token
 from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
-from .autograd import apply_experts
+from .autograd import apply_experts, main_grad_of
 from .kernel_views import native_view, refuse_bias
 from .router import logits_on_tape, require_router
 from .streams import compute_input, on_stream, plan_for, without_autocast
@@ -219,6 +219,11 @@ def _native_weights(w1, b1, w2, b2, activation, concat_layout: bool):
     if concat_layout:
         if not is_glu(ActivationType.parse(activation)):
             raise ValueError(f"concat_layout: got True with activation {activation}, which has no gate to lay apart")
+        if main_grad_of("w1", w1_EFH) is not None:
+            raise ValueError(
+                "concat_layout: got True with a w1.main_grad, which the gradient of a copy in another order would not "
+                "reach; need interleaved rows, or a w1 without main_grad"
+            )
         n_experts, width, hidden = w1_EFH.shape
         halves = w1_EFH.reshape(n_experts, 2, width // 2, hidden)
         return halves.transpose(1, 2).reshape(n_experts, width, hidden), w2_EHI

@@ -43,6 +43,9 @@ def test_topk_layer_with_halves_of_the_up_projection_apart():
     moe(x)[0].backward(dout)
     both = torch.cat([moe.c_fc.weight.grad[:, 0::2], moe.c_fc.weight.grad[:, 1::2]], dim=1)
     assert oracle.error(grad, both) < 1e-6
+    apart.main_grad = torch.zeros(apart.shape)  # nothing would be added to it
+    with pytest.raises(ValueError, match="^concat_layout: got True with a w1.main_grad"):
+        moe_TC_softmax_topk_layer(x, moe.router.weight, apart.permute(1, 2, 0), *args, concat_layout=True)
 
 
 def test_topk_layer_without_normalized_scores():
