@@ -75,6 +75,16 @@ def require_contiguous(name: str, tensor) -> None:
         raise ValueError(f"{name}: got a non-contiguous tensor, need a contiguous one (call .contiguous())")
 
 
+def require_aligned(name: str, tensor) -> None:
+    """For what kernels read or add to where it lies, because a copy would cost too much or cannot take its place."""
+    off = tensor.data_ptr() % ALIGN_BYTES
+    if off:
+        raise ValueError(
+            f"{name}: begins {off} bytes behind a multiple of {ALIGN_BYTES}, need one, as kernels move {ALIGN_BYTES} "
+            "bytes at a time (leave room before it in the buffer that it is cut from)"
+        )
+
+
 def require_same_place(name: str, tensor, reference_name: str, reference) -> None:
     if place_of(tensor) != place_of(reference):
         given, needed = place_name(tensor), place_name(reference)

@@ -9,6 +9,9 @@ their place. The gradient of a weight takes one of two ways:
   None, so that ``.grad`` stays as it was. A weight that has the attribute ``grad_added_to_main_grad`` belongs to
   Megatron, which waits for its hook and throws the gradient away: it gets that flag set and an uninitialised gradient
   (zeros under ``zero_out_wgrad``).
+
+A backward of some inputs alone (``torch.autograd.grad``, ``backward(inputs=...)``) leaves the others' ``main_grad`` as
+it was; and ``torch.autograd.grad`` of a weight gives that gradient back, and adds it to nothing.
 """
 
 import threading
@@ -61,8 +64,31 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, dout):
         x, w1, w2, *z_parts = ctx.saved_tensors
         with without_autocast(x):
-            dx, ds, dw1, dw2 = ctx.call.backward(x, w1, w2, z_parts, dout, *ctx.needs_input_grad[:4])
+            dx, ds, dw1, dw2 = ctx.call.backward(
+                x, w1, w2, z_parts, dout, *ctx.needs_input_grad[:2], *weight_needs(ctx)
+            )
         return dx, None if ds is None else ds.to(ctx.scores_dtype), dw1, dw2, None, None
+
+
+# What ``weight_needs`` says of a gradient that is asked for as a result, and so belongs in no main_grad.
+_AS_RESULT = "as result"
+
+
+def weight_needs(ctx) -> tuple:
+    """Of w1 and w2, inputs 2 and 3 of the node whose backward runs: whether this backward wants their gradients.
+
+    ``needs_input_grad`` does not know which inputs a backward was asked for. It need not where a gradient that nobody
+    wanted is dropped; but one that was added to a main_grad stays there.
+    """
+    functions = [function for function, _ in ctx.next_functions[2:4]]
+    return tuple([need and _wanted(by) for need, by in zip(ctx.needs_input_grad[2:4], functions, strict=True)])
+
+
+def _wanted(function):
+    try:
+        return torch._C._will_engine_execute_node(function)
+    except RuntimeError as error:  # where torch.autograd.grad was asked for a leaf, the engine stops short of it
+        return _AS_RESULT if "autograd.grad()" in str(error) else True
 
 
 class ExpertCall:
@@ -88,9 +114,16 @@ class ExpertCall:
         z_parts, call.z_block = _apart(saved.z)
         return out, call, z_parts
 
-    def backward(self, x, w1, w2, z_parts, dout, need_dx: bool, need_ds: bool, need1: bool, need2: bool):
-        """(dx, ds float32, dw1, dw2), each None where it is not needed or has gone into its ``main_grad``."""
+    def backward(self, x, w1, w2, z_parts, dout, need_dx: bool, need_ds: bool, need1, need2):
+        """(dx, ds float32, dw1, dw2), each None where it is not needed or has gone into its ``main_grad``. What
+        ``weight_needs`` says comes as ``need1`` and ``need2``."""
         plan, z, uses_up_z = self.plan, None, False
+        owner1 = self.owner1 if need1 is True else None
+        owner2 = self.owner2 if need2 is True else None
+        # Both before anything is added to one of them.
+        for name, owner in (("w1", owner1), ("w2", owner2)):
+            if owner is not None:
+                _standing_main_grad(name, owner)
         # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
         if next(self.z_turns, False):
             z, uses_up_z = _together(z_parts, self.z_block), stages(plan).DX_FIRST
@@ -106,14 +139,14 @@ class ExpertCall:
             if uses_up_z:
                 _free(z_parts)
             if need2:
-                dw2 = _weight_grad("w2", w2, self.owner2, _into_dw2, wgrad)
+                dw2 = _weight_grad("w2", w2, owner2, _into_dw2, wgrad)
 
         if not isinstance(dout, QuantTensor):
             dout = dout.contiguous()
         grads = engine_backward(
-            saved, dout, need_dx=need_dx, need_ds=need_ds, need_wgrad=need1 or need2, deliver_dw2=deliver_dw2
+            saved, dout, need_dx=need_dx, need_ds=need_ds, need_wgrad=bool(need1 or need2), deliver_dw2=deliver_dw2
         )
-        dw1 = _weight_grad("w1", w1, self.owner1, _into_dw1, grads.wgrad) if need1 else None
+        dw1 = _weight_grad("w1", w1, owner1, _into_dw1, grads.wgrad) if need1 else None
         return grads.dx, grads.ds, dw1, dw2
 
 
@@ -124,7 +157,11 @@ def _engine_weights(w1, w2, plan: Plan):
         fp8, still_good = fp8_weights(w1, w2, plan)
         return ExpertWeights(None, None, fp8, hidden, intermediate), still_good
     storage = getattr(torch, plan.storage)
-    return ExpertWeights(in_dtype(w1, storage), in_dtype(w2, storage), None, hidden, intermediate), None
+    w1, w2 = in_dtype(w1, storage), in_dtype(w2, storage)
+    if plan.backend != "naive":
+        checks.require_aligned("w1", w1)
+        checks.require_aligned("w2", w2)
+    return ExpertWeights(w1, w2, None, hidden, intermediate), None
 
 
 def _apart(z):
@@ -162,7 +199,15 @@ def main_grad_of(name: str, weight):
         checks.require_dtype(name, grad, ("float32",))
         checks.require_contiguous(name, grad)
         checks.require_same_place(name, grad, "the weight", weight)
+        checks.require_aligned(name, grad)
     return grad
+
+
+def _standing_main_grad(point: str, owner):
+    main_grad = main_grad_of(point, owner)
+    if main_grad is None:
+        raise RuntimeError(f"{point}.main_grad: was there in forward and is gone in backward")
+    return main_grad
 
 
 def _into_dw1(wgrad, buffer, everyone, overwrite: bool) -> None:
@@ -175,7 +220,7 @@ def _into_dw2(wgrad, buffer, everyone, overwrite: bool) -> None:
 
 
 def _weight_grad(point: str, weight, owner, into, wgrad):
-    """What autograd gets for one weight; see the two ways above."""
+    """What autograd gets for one weight; see the two ways above. ``owner`` is the weight if it has a main_grad."""
     everyone = (True,) * int(weight.shape[0])
     if owner is None:
         direct = checks.dtype_name(weight) == wgrad.plan.storage
@@ -184,9 +229,7 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
         return in_dtype(grad, weight.dtype)
 
     def add():
-        main_grad = main_grad_of(point, owner)
-        if main_grad is None:
-            raise RuntimeError(f"{point}.main_grad: was there in forward and is gone in backward")
+        main_grad = _standing_main_grad(point, owner)
         with _main_grad_lock, torch.no_grad(), without_autocast(main_grad):
             into(wgrad, main_grad, everyone, False)
 

@@ -14,6 +14,7 @@ from .raw import (
     parse_activation,
     raw_plan,
     refuse_schedule,
+    require_gradient,
     require_rows,
     routing_of,
     weights_of,
@@ -56,10 +57,13 @@ def _down_projection_backward_act(
         checks.require_tensor(name, values)
         checks.require_dtype(name, values, checks.FLOAT_DTYPES)
         checks.require_shape(name, values, (n_rows,), "one entry a row")
+        checks.require_same_place(name, values, "the rows", z)
     with on_stream(stream_id, z), without_autocast(z):
         scores = topk_scores.detach().to(torch.float32).contiguous()
-        routing = routing_of(n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx, s_scatter_idx, scores)
-        run, weights = stages(plan), weights_of(plan, w2_EHI=w2_EHI)
+        routing = routing_of(
+            z, n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx, s_scatter_idx, scores
+        )
+        run, weights = stages(plan), weights_of(plan, z, w2_EHI=w2_EHI)
         rows = run.prepare_rows(dout, plan)
         _, _, ds_parts = run.down_projection_backward(rows, z, weights, routing, plan, need_wgrad=True, out=(dz, y1s))
         ds.copy_(run.score_gradient(ds_parts, routing, plan))
@@ -75,9 +79,10 @@ def _down_projection_backward_weight(
     dw2_EHI = native_view("dw2", dw2)
     n_experts, hidden, intermediate = checks.shape_of(dw2_EHI)
     n_tokens, n_rows = checks.shape_of(dout)[0], checks.shape_of(y1s)[0]
+    require_gradient("dw2", dw2_EHI, y1s)
     require_rows(plan, y1s, dout=(dout, (n_tokens, hidden)), y1s=(y1s, (n_rows, intermediate)))
     with on_stream(stream_id, y1s), without_autocast(y1s):
-        routing = routing_of(n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
+        routing = routing_of(y1s, n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
         everyone = (True,) * n_experts
         buffers = GradBuffers(None, dw2_EHI, False, everyone, everyone, overwrite=True)
         stages(plan).accumulate_dw2(y1s, dout, routing, plan, buffers)
@@ -104,8 +109,8 @@ def _up_projection_backward_act(
     (n_experts, width, hidden), n_rows = checks.shape_of(w1_EFH), checks.shape_of(dz)[0]
     require_rows(plan, dz, dz=(dz, (n_rows, width)), dx_expanded=(dx_expanded, (n_rows, hidden)))
     with on_stream(stream_id, dz), without_autocast(dz):
-        routing = routing_of(n_experts, expert_frequency_offset, n_rows, n_rows)
-        weights = weights_of(plan, w1_EFH=w1_EFH)
+        routing = routing_of(dz, n_experts, expert_frequency_offset, n_rows, n_rows)
+        weights = weights_of(plan, dz, w1_EFH=w1_EFH)
         stages(plan).up_projection_backward(dz, weights, routing, plan, out=dx_expanded)
 
 
@@ -119,9 +124,10 @@ def _up_projection_backward_weight(
     dw1_EFH = native_view("dw1", dw1)
     n_experts, width, hidden = checks.shape_of(dw1_EFH)
     n_tokens, n_rows = checks.shape_of(x)[0], checks.shape_of(dz)[0]
+    require_gradient("dw1", dw1_EFH, dz)
     require_rows(plan, dz, x=(x, (n_tokens, hidden)), dz=(dz, (n_rows, width)))
     with on_stream(stream_id, dz), without_autocast(dz):
-        routing = routing_of(n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
+        routing = routing_of(dz, n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
         everyone = (True,) * n_experts
         buffers = GradBuffers(dw1_EFH, None, False, everyone, everyone, overwrite=True)
         stages(plan).accumulate_dw1(dz, x.detach(), routing, plan, buffers)

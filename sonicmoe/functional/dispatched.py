@@ -7,7 +7,7 @@ from ..config import SonicMoEConfig
 from ..enums import ActivationType
 from ..quant.formats import QuantTensor
 from ..routing.metadata import build as build_routing
-from .autograd import ExpertCall, inference_experts
+from .autograd import ExpertCall, inference_experts, weight_needs
 from .layer import layer_plan
 from .streams import on_stream, without_autocast
 
@@ -77,7 +77,7 @@ class _DispatchedExperts(torch.autograd.Function):
         if ctx.handle is not None:
             dout = _handed_over(ctx.handle, dout)
         with without_autocast(w1):
-            grads = ctx.call.backward(x, w1, w2, z_parts, dout, *ctx.needs_input_grad[:4])
+            grads = ctx.call.backward(x, w1, w2, z_parts, dout, *ctx.needs_input_grad[:2], *weight_needs(ctx))
         return *grads, None, None, None, None
 
 

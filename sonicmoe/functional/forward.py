@@ -42,7 +42,7 @@ def _up_projection_forward(
     refuse_schedule(expert_schedule_order)
     plan = raw_plan("x", x, parse_activation(activation_type, is_glu_activation))
     w1_EFH = native_view("w1", w1)
-    weights = weights_of(plan, w1_EFH=w1_EFH)
+    weights = weights_of(plan, x, w1_EFH=w1_EFH)
     (n_experts, width, hidden), n_tokens = checks.shape_of(w1_EFH), checks.shape_of(x)[0]
     checks.require_rank("x_gather_idx", x_gather_idx, 1, "[M]")
     n_rows = checks.shape_of(x_gather_idx)[0]
@@ -50,7 +50,8 @@ def _up_projection_forward(
     if z is not None or not is_inference_mode_enabled:
         require_rows(plan, x, z=(z, (n_rows, width)))
     with on_stream(stream_id, x), without_autocast(x):
-        run, routing = stages(plan), routing_of(n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
+        routing = routing_of(x, n_experts, expert_frequency_offset, n_tokens, n_rows, x_gather_idx)
+        run = stages(plan)
         run.up_projection(run.prepare_rows(x.detach(), plan), weights, routing, plan, need_a=True, out=(z, y1))
 
 
@@ -66,6 +67,6 @@ def _down_projection_forward(
     (n_experts, hidden, intermediate), n_rows = checks.shape_of(w2_EHI), checks.shape_of(y1)[0]
     require_rows(plan, y1, y1=(y1, (n_rows, intermediate)), y2=(y2, (n_rows, hidden)))
     with on_stream(stream_id, y1), without_autocast(y1):
-        routing = routing_of(n_experts, expert_frequency_offset, n_rows, n_rows)
-        weights = weights_of(plan, w2_EHI=w2_EHI)
+        routing = routing_of(y1, n_experts, expert_frequency_offset, n_rows, n_rows)
+        weights = weights_of(plan, y1, w2_EHI=w2_EHI)
         stages(plan).down_projection(y1.detach(), weights, routing, plan, out=y2)

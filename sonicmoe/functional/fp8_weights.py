@@ -8,6 +8,7 @@ tensor in the same place leaves stale ones.
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -50,10 +51,15 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
     key = (w1.storage_offset(), w1.shape, w2.storage_offset(), w2.shape, w1.device, w1.dtype, plan.recipe)
     with _lock:
         copies, turns = _kept_for(*owners, key)
-        with turns.of(w1):
+        with turns.of(w1), _ordinary_tensors():
             found, turn = copies.current(w1, w2), turns.count
     # What a graph will have done between two of its parts is not known while it is captured.
     return found, lambda: turns.count == turn and not torch.cuda.is_current_stream_capturing()
+
+
+def _ordinary_tensors():
+    """What is made under inference mode may not be written in place outside it, and copies outlive the call."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _kept_for(owner1, owner2, key):

@@ -16,7 +16,7 @@ from ..routing.pairs import build as build_pairs
 from ..routing.pairs import order_by_token
 from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
-from .autograd import apply_experts
+from .autograd import apply_experts, main_grad_of
 from .kernel_views import native_view, refuse_bias
 from .router import logits_on_tape, require_router
 from .streams import compute_input, on_stream, plan_for, without_autocast
@@ -54,8 +54,11 @@ def route_topk(
     which ``norm_topk_probs`` divides by their sum. Among equal logits the lower expert comes first.
     """
     config = SonicMoEConfig.current() if config is None else config
+    checks.require_tensor("logits", logits)
+    checks.require_rank("logits", logits, 2, "[T, E]")
+    checks.require_dtype("logits", logits, (*checks.FLOAT_DTYPES, "float64"))
     k = checked_topk(k, int(logits.shape[1]))
-    with without_autocast(logits):
+    with on_stream(None, logits), without_autocast(logits):
         if is_softmax_over_topk or norm_topk_probs:  # divided by their sum, both are the same numbers
             return _SoftmaxOverTopk.apply(logits.contiguous(), k, config)
         with torch.no_grad():
@@ -78,7 +81,7 @@ def topk_layer(
 ):
     """(out [T,H], router logits [T,E], tokens of each expert [E] int32), with weights in native layout."""
     config = SonicMoEConfig.current()
-    require_router(x, router_w)
+    require_router(x, router_w, w2_EHI)
     with on_stream(stream_id, x), torch.set_grad_enabled(torch.is_grad_enabled() and not inference):
         logits = logits_on_tape(x, router_w, config)
         scores, indices = route_topk(logits, k, is_softmax_over_topk, norm_topk_probs, config)
@@ -216,6 +219,11 @@ def _native_weights(w1, b1, w2, b2, activation, concat_layout: bool):
     if concat_layout:
         if not is_glu(ActivationType.parse(activation)):
             raise ValueError(f"concat_layout: got True with activation {activation}, which has no gate to lay apart")
+        if main_grad_of("w1", w1_EFH) is not None:
+            raise ValueError(
+                "concat_layout: got True with a w1.main_grad, which the gradient of a copy in another order would not "
+                "reach; need interleaved rows, or a w1 without main_grad"
+            )
         n_experts, width, hidden = w1_EFH.shape
         halves = w1_EFH.reshape(n_experts, 2, width // 2, hidden)
         return halves.transpose(1, 2).reshape(n_experts, width, hidden), w2_EHI

@@ -53,11 +53,12 @@ def require_rows(plan: Plan, reference, **tensors) -> None:
         checks.require_same_place(name, tensor, "the rows", reference)
 
 
-def weights_of(plan: Plan, w1_EFH=None, w2_EHI=None) -> ExpertWeights:
+def weights_of(plan: Plan, reference, w1_EFH=None, w2_EHI=None) -> ExpertWeights:
     """One weight is enough for one stage; sizes come from the one that is there."""
     for name, weight in (("w1", w1_EFH), ("w2", w2_EHI)):
         if weight is not None:
             checks.require_dtype(name, weight, (plan.storage,))
+            checks.require_same_place(name, weight, "the rows", reference)
     if w2_EHI is not None:
         _, hidden, intermediate = checks.shape_of(w2_EHI)
     else:
@@ -71,7 +72,14 @@ def _off_tape(weight):
     return None if weight is None else weight.detach()
 
 
+def require_gradient(name: str, gradient, reference) -> None:
+    """A weight gradient that is to be filled: a float tensor where ``reference`` is."""
+    checks.require_dtype(name, gradient, checks.FLOAT_DTYPES)
+    checks.require_same_place(name, gradient, "the rows", reference)
+
+
 def routing_of(
+    reference,
     n_experts: int,
     expert_frequency_offset,
     n_tokens: int,
@@ -80,19 +88,21 @@ def routing_of(
     s_scatter_idx=None,
     scores=None,
 ) -> Routing:
-    """A Routing of block 1 with as much in it as the stage reads. Without ``x_gather_idx`` row r is token r."""
+    """A Routing of block 1, where ``reference`` is, with as much in it as the stage reads. Without ``x_gather_idx`` row
+    r is token r."""
     offset = expert_frequency_offset
     checks.require_tensor("expert_frequency_offset", offset)
     checks.require_dtype("expert_frequency_offset", offset, checks.INT_DTYPES)
     checks.require_shape("expert_frequency_offset", offset, (n_experts + 1,), "[E + 1], the rows of each expert")
+    checks.require_same_place("expert_frequency_offset", offset, "the rows", reference)
     scatter = reverse = None
     if s_scatter_idx is not None:
-        scatter = _index("s_scatter_idx", s_scatter_idx, n_rows, offset)
+        scatter = _index("s_scatter_idx", s_scatter_idx, n_rows, reference)
         row = torch.arange(n_rows, dtype=torch.int32, device=offset.device)
         reverse = torch.empty_like(row).scatter_(0, scatter.to(torch.int64), row)
     return Routing(
         expert_offset=offset.to(torch.int32).contiguous(),
-        x_gather_idx=None if x_gather_idx is None else _index("x_gather_idx", x_gather_idx, n_rows, offset),
+        x_gather_idx=None if x_gather_idx is None else _index("x_gather_idx", x_gather_idx, n_rows, reference),
         s_scatter_idx=scatter,
         s_reverse_scatter_idx=reverse,
         slot_offset=None,
@@ -112,5 +122,5 @@ def _index(name: str, index, n_rows: int, reference):
     checks.require_tensor(name, index)
     checks.require_dtype(name, index, checks.INT_DTYPES)
     checks.require_shape(name, index, (n_rows,), "one entry a row")
-    checks.require_same_place(name, index, "expert_frequency_offset", reference)
+    checks.require_same_place(name, index, "the rows", reference)
     return index.to(torch.int32).contiguous()

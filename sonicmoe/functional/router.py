@@ -59,16 +59,18 @@ def plus_product(dx, dlogits, router_w, dtype):
     return product if dx is None else product.add_(in_dtype(dx, dtype))
 
 
-def require_router(x, router_w) -> None:
+def require_router(x, router_w, w2_EHI) -> None:
+    """A router of as many experts as the weights hold: kernels would read what lies behind these, or leave some out."""
     checks.require_tensor("x", x)
     checks.require_tensor("router_w", router_w)
-    _require_router(checks.facts_of(x, router_w))
+    _require_router(checks.facts_of(x, router_w), int(w2_EHI.shape[0]))
 
 
 @lru_cache(maxsize=256)
-def _require_router(facts) -> None:
+def _require_router(facts, n_experts: int) -> None:
     x, router_w = (checks.Facts(*fields) for fields in facts)
     for name, tensor, layout in (("x", x, "[T, H]"), ("router_w", router_w, "[E, H]")):
         checks.require_rank(name, tensor, 2, layout)
         checks.require_dtype(name, tensor, checks.FLOAT_DTYPES)
-    checks.require_shape("router_w", router_w, (router_w.shape[0], x.shape[1]), "[E, H], H as in x")
+    checks.require_shape("router_w", router_w, (n_experts, x.shape[1]), "[E, H], E as in w2 and H as in x")
+    checks.require_same_place("router_w", router_w, "x", x)

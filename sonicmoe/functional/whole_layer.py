@@ -14,7 +14,7 @@ from ..routing.switch_loss import backward as loss_backward
 from ..routing.switch_loss import forward as loss_forward
 from ..routing.topk import backward as router_backward
 from ..routing.topk import forward as router_forward
-from .autograd import ExpertCall, apply_experts
+from .autograd import ExpertCall, apply_experts, weight_needs
 from .layer import checked_topk, layer_plan, route
 from .router import plus_product, require_router, router_logits
 from .streams import compute_input, in_dtype, on_stream, without_autocast
@@ -41,7 +41,7 @@ def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
     """All that comes before the experts, for the tokens of x [..,H] one after the other."""
     if x.ndim != 2:
         x = x.reshape(-1, x.shape[-1])
-    require_router(x, router_w)
+    require_router(x, router_w, w2)
     k = checked_topk(k, int(router_w.shape[0]))
     logits = router_logits(x, router_w)
     rows = compute_input(x)
@@ -73,13 +73,13 @@ class _WholeLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dloss):
         rows, router_w, w1, w2, logits, frequency, scores, indices, *z_parts = ctx.saved_tensors
-        need_dx, need_router, need1, need2 = ctx.needs_input_grad[:4]
+        need_dx, need_router = ctx.needs_input_grad[:2]
         need_logits = need_dx or need_router
         dx = dlogits = drouter = dw1 = dw2 = None
         with without_autocast(rows):
             if dout is not None:
                 dout = dout if dout.ndim == 2 else dout.reshape(rows.shape)
-                needs = need_dx, need_logits, need1, need2
+                needs = need_dx, need_logits, *weight_needs(ctx)
                 dx, ds, dw1, dw2 = ctx.call.backward(rows, w1, w2, z_parts, dout, *needs)
                 if need_logits:
                     dlogits = router_backward(ds, scores, indices, int(logits.shape[1]), logits.dtype, ctx.config)

@@ -16,6 +16,8 @@ if torch:
     from sonicmoe import SonicMoEConfig, expert_mlp
     from sonicmoe.functional import set_wgrad_deferral_hook
     from sonicmoe.functional.autograd import apply_experts
+    from sonicmoe.functional.dispatched import dispatched_experts
+    from sonicmoe.functional.whole_layer import whole_layer
     from sonicmoe.gemm import api, naive
     from sonicmoe.gemm.plan import make_plan
     from sonicmoe.routing import metadata
@@ -163,6 +165,7 @@ def test_megatron_gets_its_flag_and_something_to_throw_away(zero_out):
         (lambda w: torch.zeros(w.shape[0], w.shape[2], w.shape[1]), ValueError, "w2.main_grad: got shape"),
         (lambda w: torch.zeros(w.shape[::-1]).permute(2, 1, 0), ValueError, "w2.main_grad: got a non-contiguous"),
         (lambda w: 3.0, TypeError, "w2.main_grad: got float, need a tensor"),
+        (lambda w: torch.zeros(w.numel() + 1)[1:].view(w.shape), ValueError, "w2.main_grad: begins 4 bytes behind a"),
     ],
 )
 def test_a_main_grad_of_another_kind_is_refused(make, kind, says):
@@ -179,6 +182,50 @@ def test_a_main_grad_that_went_away_is_noticed():
     problem.w1.main_grad = None
     with pytest.raises(RuntimeError, match="w1.main_grad: was there in forward"):
         out.backward(problem.dout)
+
+
+def test_an_error_in_backward_adds_to_neither_main_grad():
+    problem = oracle.make()
+    for weight in (problem.w1, problem.w2):
+        weight.main_grad = torch.ones(weight.shape)
+    out = forward(problem)
+    kept, problem.w1.main_grad = problem.w1.main_grad, None
+    with pytest.raises(RuntimeError, match="w1.main_grad: was there in forward"):
+        out.backward(problem.dout, retain_graph=True)
+    assert (problem.w2.main_grad == 1).all()
+    problem.w1.main_grad = kept
+    out.backward(problem.dout)
+    found = {name: getattr(problem, name).main_grad - 1 for name in ("w1", "w2")}
+    oracle.assert_close(found, oracle.reference(problem), 1e-5)
+
+
+CALLS = {
+    "experts": forward,
+    "dispatched": lambda p: dispatched_experts(
+        p.x, torch.bincount(p.indices.flatten(), minlength=4).tolist(), p.indices, p.scores, p.w1, p.w2
+    ),
+    "layer": lambda p: whole_layer(p.x, torch.randn(4, 64), p.w1, p.w2, 2, "swiglu", False)[0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_backward_of_some_inputs_leaves_the_other_main_grads_alone(call):
+    """As a pipeline asks for the gradients of activations first, and for those of weights when it has time."""
+    problem = oracle.make()
+    weights = {"w1": problem.w1, "w2": problem.w2}
+    for weight in weights.values():
+        weight.main_grad = torch.zeros(weight.shape)
+    out = CALLS[call](problem)
+    (dx,) = torch.autograd.grad(out, problem.x, problem.dout, retain_graph=True)
+    out.backward(problem.dout, inputs=[problem.x], retain_graph=True)
+    assert dx.any() and torch.equal(problem.x.grad, dx)
+    assert not any(weight.main_grad.any() for weight in weights.values())
+    asked = torch.autograd.grad(out, [problem.w2, problem.x], problem.dout, retain_graph=True)[0]
+    assert asked.any() and not any(weight.main_grad.any() for weight in weights.values())
+    out.backward(problem.dout, inputs=[problem.w2], retain_graph=True)
+    assert torch.equal(problem.w2.main_grad, asked) and not problem.w1.main_grad.any()
+    out.backward(problem.dout, inputs=[problem.w1, problem.x])
+    assert problem.w1.main_grad.any() and torch.equal(problem.w2.main_grad, asked)
 
 
 def test_two_threads_add_to_one_main_grad():

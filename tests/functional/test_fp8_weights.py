@@ -68,6 +68,17 @@ def test_the_same_weights_find_their_copies(ask):
     assert ask(a, b) == (first, 3)
 
 
+def test_copies_made_under_inference_mode_may_be_written_outside_it(ask, monkeypatch):
+    """As those of a layer that is tried out before it is trained."""
+    room = []
+    monkeypatch.setattr(Copies, "current", lambda self, w1, w2: room.append(torch.zeros(2)) or room[0].zero_())
+    a, b = weights()
+    with torch.inference_mode():
+        ask(a, b)
+        assert torch.zeros(1).is_inference()
+    ask(a, b)
+
+
 def test_one_weight_beside_two_others(ask):
     """Two layers that share their first weights: what one has copied must not be the other's."""
     (a, b), (_, d) = weights(), weights()

@@ -1,5 +1,7 @@
 """The layer as functions: top-k routing, any routing, and the router by itself."""
 
+import contextlib
+
 import pytest
 
 from tests.support import floors
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.torch
 
 if torch:
     from sonicmoe import SonicMoEConfig, count_cumsum, moe_general_routing_inputs, moe_TC_softmax_topk_layer
-    from sonicmoe.functional import enable_quack_gemm, route_topk
+    from sonicmoe.functional import enable_quack_gemm, layer, route_topk
     from sonicmoe.routing import topk
 
 
@@ -41,6 +43,9 @@ def test_topk_layer_with_halves_of_the_up_projection_apart():
     moe(x)[0].backward(dout)
     both = torch.cat([moe.c_fc.weight.grad[:, 0::2], moe.c_fc.weight.grad[:, 1::2]], dim=1)
     assert oracle.error(grad, both) < 1e-6
+    apart.main_grad = torch.zeros(apart.shape)  # nothing would be added to it
+    with pytest.raises(ValueError, match="^concat_layout: got True with a w1.main_grad"):
+        moe_TC_softmax_topk_layer(x, moe.router.weight, apart.permute(1, 2, 0), *args, concat_layout=True)
 
 
 def test_topk_layer_without_normalized_scores():
@@ -140,6 +145,10 @@ def test_errors_of_the_topk_layer():
         ((x, moe.router.weight, w1, None, w2, None, 7, None), "K: got 7, need at most the number of experts, 6"),
         ((x[:, :32], moe.router.weight, w1, None, w2, None, 2, None), r"router_w: got shape \[6, 64\]"),
         ((x[0], moe.router.weight, w1, None, w2, None, 2, None), "x: got shape"),
+        # Fewer experts than weights too: their gradients would hold anything.
+        ((x, moe.router.weight[:4], w1, None, w2, None, 2, None), r"router_w: got shape \[4, 64\], need \[6, 64\]"),
+        ((x, moe.router.weight.repeat(2, 1), w1, None, w2, None, 2, None), r"router_w: got shape \[12, 64\], need \[6"),
+        ((x, moe.router.weight.to("meta"), w1, None, w2, None, 2, None), "router_w: got a tensor on meta, need cpu"),
     ):
         with pytest.raises(ValueError, match=f"^{says}"):
             moe_TC_softmax_topk_layer(*args)
@@ -190,6 +199,38 @@ def test_scores_and_their_gradient():
         weight = torch.arange(90.0).reshape(30, 3)
         (scores * weight).sum().backward(), (wanted * weight).sum().backward()
         assert oracle.error(scores, wanted) < 1e-6 and oracle.error(ours.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"is_softmax_over_topk": False}], ids=["of the chosen", "of all"])
+def test_errors_of_the_router(options):
+    """Bits of integers would be taken for those of floats, where a kernel chooses."""
+    for logits, kind, says in (
+        (torch.zeros(3, 4, 5), ValueError, r"got shape \[3, 4, 5\], need 2 dimensions \[T, E\]"),
+        (torch.zeros(4), ValueError, r"got shape \[4\], need 2"),
+        (torch.zeros(3, 4, dtype=torch.int32), TypeError, "got dtype int32, need bfloat16"),
+        (torch.zeros(3, 4).to(torch.float8_e4m3fn), TypeError, "got dtype float8_e4m3fn, need bfloat16"),
+        (None, TypeError, "got NoneType, need a tensor"),
+    ):
+        with pytest.raises(kind, match=f"^logits: {says}"):
+            route_topk(logits, 2, **options)
+
+
+def test_the_router_runs_where_its_logits_are(monkeypatch):
+    """On their GPU, whichever one is current."""
+    there = []
+
+    @contextlib.contextmanager
+    def on_stream(stream_id, tensor):
+        there.append(tensor)
+        yield
+        there.pop()
+
+    seen, run = [], layer.router_forward
+    monkeypatch.setattr(layer, "on_stream", on_stream)
+    monkeypatch.setattr(layer, "router_forward", lambda *args: seen.append(list(there)) or run(*args))
+    logits = torch.randn(3, 4)
+    route_topk(logits, 2), route_topk(logits, 2, is_softmax_over_topk=False)
+    assert len(seen) == 2 and all(len(found) == 1 and found[0] is logits for found in seen)
 
 
 def test_a_kernel_for_the_router_is_taken_where_there_is_one(monkeypatch):

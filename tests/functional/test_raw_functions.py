@@ -225,6 +225,31 @@ def test_errors_name_the_argument(name, argument, change, kind, says):
         call(name, **{argument: change})
 
 
+PLACED = {  # all tensors but the rows that tell the others where to be
+    "up": ("w1", "z", "y1", "expert_frequency_offset", "x_gather_idx"),
+    "down": ("w2", "y2", "expert_frequency_offset"),
+    "down_act": ("dout", "w2", "dz", "ds", "y1s", "topk_scores", "expert_frequency_offset", "x_gather_idx",
+                 "s_scatter_idx"),
+    "down_weight": ("dout", "dw2", "expert_frequency_offset", "x_gather_idx"),
+    "up_act": ("w1", "dx_expanded", "expert_frequency_offset"),
+    "up_weight": ("x", "dw1", "expert_frequency_offset", "x_gather_idx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tensor_elsewhere_is_refused(name):
+    """Its address would mean something else where the kernels run."""
+    for argument in PLACED[name]:
+        with pytest.raises(ValueError, match=f"^{argument}: got a tensor on meta, need cpu, where the rows"):
+            call(name, **{argument: lambda tensor: tensor.to("meta")})
+
+
+@pytest.mark.parametrize(("name", "argument"), [("down_weight", "dw2"), ("up_weight", "dw1")])
+def test_a_weight_gradient_of_integers_is_refused(name, argument):
+    with pytest.raises(TypeError, match=f"^{argument}: got dtype int32"):
+        call(name, **{argument: lambda tensor: torch.zeros_like(tensor, dtype=torch.int32)})
+
+
 def test_no_z_in_inference_mode():
     call("up", z=lambda _: None, is_inference_mode_enabled=lambda _: True)
 

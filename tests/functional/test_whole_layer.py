@@ -209,6 +209,9 @@ BREAKS = {
     "weight in pieces": lambda moe, x: (swap(moe, "c_proj", lambda w: w.mT.contiguous().mT), x, "w2: got a non-con"),
     "weight elsewhere": lambda moe, x: (swap(moe, "c_fc", lambda w: w.to("meta")), x, "w1: got a tensor on meta"),
     "router of another width": lambda moe, x: (swap(moe, "router", lambda w: w[:, :32]), x, "router_w: got shape"),
+    "router of fewer experts": lambda moe, x: (swap(moe, "router", lambda w: w[:4]), x, "router_w: got shape"),
+    "router of more experts": lambda moe, x: (swap(moe, "router", lambda w: w.repeat(2, 1)), x, "router_w: got shape"),
+    "router elsewhere": lambda moe, x: (swap(moe, "router", lambda w: w.to("meta")), x, "router_w: got a tensor on"),
     "more slots than experts": lambda moe, x: (moe.__dict__.update(top_k=7) or moe, x, "K: got 7"),
 }
 

@@ -461,6 +461,19 @@ def test_quantized_rows_are_taken_as_the_numbers_they_stand_for(hopper):
     assert rows.dtype == torch.bfloat16 and 0 < oracle.error(rows, wide) < 0.04
 
 
+@pytest.mark.parametrize("name", ["w1", "w2"])
+def test_a_weight_that_no_kernel_can_read_is_refused_by_its_name(hopper, name):
+    """As one in a flat buffer behind another of an odd size. A cast is a copy, and lies well."""
+    problem = Problem()
+    routing = metadata.build(problem.indices, problem.probs, E, 1, SonicMoEConfig())
+    weights = {"w1": problem.w1, "w2": problem.w2} | {name: shifted(getattr(problem, name))}
+    with pytest.raises(ValueError, match=f"^{name}: begins 2 bytes behind a multiple of 16"):
+        apply_experts(problem.x, problem.probs, *weights.values(), routing, hopper())
+    weights[name] = shifted(weights[name].float())
+    out = apply_experts(problem.x, problem.probs, *weights.values(), routing, hopper())
+    oracle.assert_close({"out": out}, {"out": problem.naive()["out"]}, ORDER_OF_SUMS)
+
+
 # ---- Under autograd --------------------------------------------------------------------------------------------------
 
 
