@@ -197,6 +197,8 @@ def _build(ext: Extension, cache_dir: Path, timeout: float) -> Path:
         scratch.mkdir(mode=0o700)
         try:
             _compile(ext, compiler, scratch)
+            if _candidates(ext, cache_dir)[0] != final:
+                raise JitUnavailable(f"the sources of {ext.module} changed while they were compiled; start again")
             if final.exists():  # truncated or changed: out of the way in one step
                 final.rename(aside)
             scratch.rename(final)
@@ -217,12 +219,15 @@ def build_lock(path: Path, timeout: float):
         lock.acquire()
     except Timeout:
         try:
-            who = holder.read_text()
+            who = holder.read_text(encoding="utf-8", errors="replace")
         except OSError:
             who = "an unknown process"
         raise JitUnavailable(f"waited {timeout:g} s for {path}, held by {who}; end it if it hangs") from None
     try:
-        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()} ({' '.join(sys.argv[:2])})")
+        # One line, whatever a script is called: a note must not stop a build.
+        command = " ".join(" ".join(sys.argv[:2]).split())
+        note = f"process {os.getpid()} on host {socket.gethostname()} ({command})"
+        holder.write_text(note, encoding="utf-8", errors="backslashreplace")
         yield
     finally:
         lock.release()

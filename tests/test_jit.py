@@ -166,6 +166,18 @@ def test_key_does_not_depend_on_the_language(tmp_path, monkeypatch):
     assert jit.find_compiler.__wrapped__(False).version == "compiler 1"
 
 
+def test_sources_that_change_under_the_compiler_leave_no_artifact(csrc, cache, tmp_path):
+    """A checkout while a rank compiles: what comes of it is in no state that its key could name."""
+    new = tmp_path / "new.cpp"
+    new.write_text((csrc / "one.cpp").read_text().replace("ANSWER 1", "ANSWER 2"))
+    compiler = tools.Tools(tmp_path / "bin").install(f'cat {new} > {csrc / "one.cpp"}; exec REAL "$@"')
+    message = tools.failure(tools.ask(cache, "one", csrc=csrc, path=compiler.path), "JitUnavailable")
+    assert message == "the sources of one_host changed while they were compiled; start again"
+    assert list((cache / "ext").iterdir()) == []
+    tools.write_tiny(csrc, "one", 1)
+    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=tools.counting(tmp_path / "bin").path)) == [1]
+
+
 # ---- An artifact that is not what was built --------------------------------------------------------------------------
 
 
