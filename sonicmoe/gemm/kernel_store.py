@@ -44,7 +44,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-@cache
 def _tool_versions() -> tuple[str, ...]:
     found = {name: _version(name) for name in (*_TOOLS, *_COMPILERS)}
     for name in _TOOLS:
@@ -65,10 +64,12 @@ def _host() -> str:
     return " ".join([platform.machine(), *sorted(found[1].split() if found else [])])
 
 
-@cache
-def _tool_key() -> str:
+def _tools_as_they_are() -> str:
     text = " ".join([*_tool_versions(), _host()]).encode() + b"\0" + _CHILD.read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
+
+
+_tool_key = cache(_tools_as_they_are)
 
 
 def _folder(cache_dir: Path) -> Path:
@@ -173,10 +174,14 @@ def _build_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
         try:
             _compile(missing, scratch)
         finally:
+            # Our key is from when this process began, and children run what is installed now.
+            unchanged = _tools_as_they_are() == _tool_key()
             for kernel in missing:
-                if (scratch / f"{kernel.key()}.so").exists():  # also of a set in which another one failed
+                if unchanged and (scratch / f"{kernel.key()}.so").exists():  # also of a set in which another one failed
                     _install(kernel, scratch, folder)
             shutil.rmtree(scratch, ignore_errors=True)
+        if not unchanged:
+            raise JitUnavailable("the generator of GEMM kernels was replaced while this process ran; start again")
 
 
 @cache

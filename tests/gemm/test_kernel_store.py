@@ -3,6 +3,7 @@
 A stub stands for the generator, so none of it need be installed. Each asking process is a fresh child.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from sonicmoe.cache_safety import JitUnavailable
 from sonicmoe.gemm import gemm_kernel, kernel_store
 from sonicmoe.gemm.gemm_kernel import GemmKernel, Tile
-from tests.workers import jit_tools
+from tests.workers import gemm_store_child, jit_tools
 from tests.workers.gemm_store_tools import VERSIONS, Store, write_site
 
 SET = ("up", "up_z", "rows", "down_backward", "wgrad")
@@ -225,7 +227,7 @@ def test_another_version_of_a_tool_is_another_folder(store, tmp_path, tool):
 def where(monkeypatch, tmp_path):
     """() -> the folder for objects, found anew."""
     monkeypatch.setattr(kernel_store, "_tool_versions", lambda: ("1", "2", "3"))
-    monkeypatch.setattr(kernel_store, "_tool_key", kernel_store._tool_key.__wrapped__)
+    monkeypatch.setattr(kernel_store, "_tool_key", kernel_store._tools_as_they_are)
     return lambda: kernel_store._folder(tmp_path)
 
 
@@ -243,6 +245,24 @@ def test_another_compiling_program_is_another_folder(where, monkeypatch, tmp_pat
     other.write_bytes(kernel_store._CHILD.read_bytes() + b"\n")
     monkeypatch.setattr(kernel_store, "_CHILD", other)
     assert where() != first
+
+
+def test_tools_replaced_under_a_process_leave_nothing(monkeypatch, tmp_path):
+    """An upgrade, or another branch: what a child makes from then on is not what this process would keep it as."""
+    source = gemm_store_child.STUB.read_text()
+    child, cache = tmp_path / "compile.py", tmp_path / "cache"
+    child.write_text(source)
+    monkeypatch.setattr(kernel_store, "_CHILD", child)
+    monkeypatch.setattr(kernel_store, "_tool_versions", lambda: ("1", "2", "3"))
+    monkeypatch.setattr(kernel_store, "_tool_key", functools.cache(kernel_store._tools_as_they_are))
+    monkeypatch.setenv("STUB_GEMM_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("STUB_GEMM_DOES", "{}")
+    kernel_store.build_ahead([BASE], cache)
+    child.write_text(source + "\n")
+    with pytest.raises(JitUnavailable, match="was replaced while this process ran; start again$"):
+        kernel_store.build_ahead([BASE, replace(BASE, op="rows")], cache)
+    (folder,) = (cache / "gemm").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [f"{BASE.key()}.json", f"{BASE.key()}.so"]
 
 
 def test_tiles_that_cannot_be_made_are_told_apart():
