@@ -147,7 +147,7 @@ def _import(artifact: Path, ext: Extension):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise JitUnavailable(f"{artifact} does not load: {error}; remove {artifact.parent}") from error
+        raise JitUnavailable(cache_safety.unloadable(artifact, error, artifact.parent)) from error
     return module
 
 

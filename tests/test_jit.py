@@ -251,6 +251,22 @@ def test_artifact_that_does_not_load_is_said(tmp_path, cache, compiler):
     assert compiler.compilations() == 1
 
 
+@pytest.mark.skipif(not tools.is_root(), reason="only root can mount")
+def test_mount_that_forbids_programs_is_said(prebuilt, cache, compiler):
+    csrc, _ = prebuilt
+    cache.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "noexec,mode=700", "tmpfs", cache], capture_output=True
+    ).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        message = tools.failure(tools.ask(cache, "one", csrc=csrc, path=compiler.path), "JitUnavailable")
+        assert "one_host.so does not load: " in message
+        assert message.endswith("set SONIC_MOE_CACHE_DIR to a folder that is not mounted noexec")
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+
 # ---- No compiler, or one that fails ----------------------------------------------------------------------------------
 
 

@@ -206,7 +206,10 @@ def _open(folder: Path, kernel: GemmKernel):
     path = folder / f"{kernel.key()}.so"
     for place in (path, path.with_suffix(".json"), folder):
         cache_safety.require_private(place)
-    return load_module(str(path))[_FUNCTION]
+    try:
+        return load_module(str(path))[_FUNCTION]
+    except RuntimeError as error:
+        raise JitUnavailable(cache_safety.unloadable(path, error, path)) from error
 
 
 _loaded: dict[tuple[GemmKernel, Path], object] = {}

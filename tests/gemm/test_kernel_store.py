@@ -297,6 +297,20 @@ def test_missing_loader_is_said(store):
     assert "pip install 'sonicmoe[gpu]'" in store.refuses("up")
 
 
+@pytest.mark.parametrize(
+    "why, remedy",
+    [
+        ("GLIBC_9.9 not found", "remove {}"),
+        ("failed to map segment", "set SONIC_MOE_CACHE_DIR to a folder that is not"),
+    ],
+)
+def test_library_that_does_not_load_is_said(store, why, remedy):
+    (store.site / "tvm_ffi.py").write_text(f"def load_module(path): raise RuntimeError('Check failed:\\n{why}')")
+    message = store.refuses("up")
+    path = store.file("up", ".so")
+    assert message.startswith(f"{path} does not load: Check failed: {why}; {remedy.format(path)}")
+
+
 def test_missing_runtime_is_said(store):
     (record,) = store.site.glob("nvidia_cutlass_dsl_libs_cu12-*/RECORD")
     record.write_text(record.read_text().splitlines()[0] + "\n")  # the stub for another machine is left
