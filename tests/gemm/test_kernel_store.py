@@ -3,6 +3,7 @@
 A stub stands for the generator, so none of it need be installed. Each asking process is a fresh child.
 """
 
+import errno
 import functools
 import json
 import os
@@ -247,22 +248,42 @@ def test_another_compiling_program_is_another_folder(where, monkeypatch, tmp_pat
     assert where() != first
 
 
-def test_tools_replaced_under_a_process_leave_nothing(monkeypatch, tmp_path):
-    """An upgrade, or another branch: what a child makes from then on is not what this process would keep it as."""
-    source = gemm_store_child.STUB.read_text()
-    child, cache = tmp_path / "compile.py", tmp_path / "cache"
-    child.write_text(source)
+@pytest.fixture
+def stubbed(monkeypatch, tmp_path):
+    """This process's own store with the stub for a generator: (the stub, a cache)."""
+    child = tmp_path / "compile.py"
+    child.write_bytes(gemm_store_child.STUB.read_bytes())
     monkeypatch.setattr(kernel_store, "_CHILD", child)
     monkeypatch.setattr(kernel_store, "_tool_versions", lambda: ("1", "2", "3"))
     monkeypatch.setattr(kernel_store, "_tool_key", functools.cache(kernel_store._tools_as_they_are))
     monkeypatch.setenv("STUB_GEMM_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("STUB_GEMM_DOES", "{}")
+    return child, tmp_path / "cache"
+
+
+def test_tools_replaced_under_a_process_leave_nothing(stubbed):
+    """An upgrade, or another branch: what a child makes from then on is not what this process would keep it as."""
+    child, cache = stubbed
     kernel_store.build_ahead([BASE], cache)
-    child.write_text(source + "\n")
+    child.write_bytes(child.read_bytes() + b"\n")
     with pytest.raises(JitUnavailable, match="was replaced while this process ran; start again$"):
         kernel_store.build_ahead([BASE, replace(BASE, op="rows")], cache)
     (folder,) = (cache / "gemm").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [f"{BASE.key()}.json", f"{BASE.key()}.so"]
+
+
+def test_disk_that_is_full_at_the_end_gets_its_room_back(stubbed, monkeypatch):
+    """What was compiled is the most that a build writes, and nobody could use it."""
+
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as without_room:
+        without_room.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            kernel_store.build_ahead([BASE], stubbed[1])
+    (folder,) = (stubbed[1] / "gemm").iterdir()
+    assert list(folder.iterdir()) == []
 
 
 def test_tiles_that_cannot_be_made_are_told_apart():
@@ -309,6 +330,13 @@ def test_library_that_does_not_load_is_said(store, why, remedy):
     message = store.refuses("up")
     path = store.file("up", ".so")
     assert message.startswith(f"{path} does not load: Check failed: {why}; {remedy.format(path)}")
+
+
+def test_runtime_that_does_not_load_is_said(store):
+    (runtime,) = store.site.rglob("cu12/lib/libcute_dsl_runtime.so")
+    runtime.write_bytes(b"of another machine")
+    message = store.refuses("up")
+    assert message.startswith(f"{runtime} does not load: ") and message.endswith("pip install 'sonicmoe[gpu]' anew")
 
 
 def test_missing_runtime_is_said(store):
