@@ -236,6 +236,8 @@ def build_lock(path: Path, timeout: float):
 # Failures stay as well: a layer asks before every expert call, and a build that failed once must not run each time.
 _loaded: dict[tuple[Extension, Path], object] = {}
 _loading = threading.Lock()
+# A process that was forked while a thread loads has the lock without the thread that would let it go.
+os.register_at_fork(after_in_child=_loading._at_fork_reinit)
 
 
 def load(ext: Extension, cache_dir, timeout: float = LOCK_TIMEOUT_S):

@@ -16,6 +16,7 @@ import sys
 import pytest
 
 from sonicmoe import jit
+from tests.support import children
 from tests.workers import jit_tools as tools
 
 ROUTED = [[1, 3], [1, 0, 0, 1, 2, 0]]  # the real extension's answer: counts, and x_gather_idx
@@ -66,6 +67,32 @@ def test_second_process_compiles_nothing(csrc, cache, compiler):
 def test_threads_of_one_process_compile_once(csrc, cache, compiler):
     assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path, threads=6)) == [1] * 6
     assert compiler.compilations() == 1
+
+
+def test_a_fork_during_a_build_has_its_own_turn(csrc, cache, tmp_path):
+    """A data loader's worker, say: it waits for the build, and not for a thread that it does not have."""
+    begun = tmp_path / "begun"
+    compiler = tools.Tools(tmp_path / "bin").install(f'touch {begun}; sleep 0.5; exec REAL "$@"')
+    script = """
+        import os, signal, sys, threading, time
+        from pathlib import Path
+        from sonicmoe import jit
+
+        csrc, cache, begun = map(Path, sys.argv[1:])
+        jit.source_folder = lambda: csrc
+        builder = threading.Thread(target=jit.load, args=(jit.Extension("one", ("one.cpp",)), cache))
+        builder.start()
+        while not begun.exists():
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(jit.load(jit.Extension("one", ("one.cpp",)), cache).answer())
+        builder.join()
+        print(os.waitpid(child, 0)[1] >> 8)
+    """
+    done = children.python(script, csrc, cache, begun, env=tools.environment(compiler.path))
+    assert done.stdout == "1\n" and compiler.compilations() == 1
 
 
 def test_what_was_begun_ahead_is_waited_for(csrc, cache, compiler):
