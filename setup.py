@@ -64,7 +64,7 @@ setup(
     package_data={"sonicmoe.csrc": ["README.md", "**/*.cu", "**/*.cuh", "**/*.cpp", "**/*.h"]},
     include_package_data=False,
     zip_safe=False,
-    install_requires=[*PADDLE, "numpy", "filelock", "pybind11"],
+    install_requires=[*PADDLE, "numpy", "filelock>=3.10", "pybind11"],  # filelock: the first with a mode for its files
     extras_require={
         # The two exact pins are compilers whose Python interfaces change from release to release.
         # quack imports torch and Triton where it compiles, and asks for the first alone. torch before 2.10 hands its

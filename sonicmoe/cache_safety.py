@@ -14,6 +14,14 @@ class UnsafeCache(PermissionError):
     """Another user could have put code into the cache. Nothing serves until that is settled."""
 
 
+def unloadable(library, error, remove) -> str:
+    """What to say of a whole library that the system's loader refuses. A mount may forbid running what lies there."""
+    said = " ".join(str(error).split())
+    if "failed to map segment" in said:
+        return f"{library} does not load: {said}; set SONIC_MOE_CACHE_DIR to a folder that is not mounted noexec"
+    return f"{library} does not load: {said}; remove {remove}"
+
+
 def _trusted(owner: int) -> bool:
     return owner in (0, os.geteuid())
 

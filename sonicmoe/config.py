@@ -199,7 +199,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("SONIC_MOE_CACHE_DIR", "cache_dir", _DIRECTORY, "~/.cache/sonicmoe",
          "Where compiled kernels are kept; processes and machines may share it."),
     Flag("SONIC_MOE_VALIDATE_DISPATCH", "validate_dispatch", _BOOL, False,
-         "Check that no row of `dispatched_indices` names an expert twice, and say which row does. Costs a host sync."),
+         "Check that no row of `dispatched_indices` names an expert twice and that the counts are right, and say which "
+         "row or expert is wrong. Costs a host sync."),
     Flag(_fp8("FUSED_GATED"), None, _always(True), True,
          "the up-projection applies SwiGLU and quantizes in its epilogue.", "always-on"),
     Flag(_fp8("EPILOGUE_QUANT"), None, _always(True), True,

@@ -147,7 +147,7 @@ def _import(artifact: Path, ext: Extension):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise JitUnavailable(f"{artifact} does not load: {error}; remove {artifact.parent}") from error
+        raise JitUnavailable(cache_safety.unloadable(artifact, error, artifact.parent)) from error
     return module
 
 
@@ -197,6 +197,8 @@ def _build(ext: Extension, cache_dir: Path, timeout: float) -> Path:
         scratch.mkdir(mode=0o700)
         try:
             _compile(ext, compiler, scratch)
+            if _candidates(ext, cache_dir)[0] != final:
+                raise JitUnavailable(f"the sources of {ext.module} changed while they were compiled; start again")
             if final.exists():  # truncated or changed: out of the way in one step
                 final.rename(aside)
             scratch.rename(final)
@@ -217,12 +219,15 @@ def build_lock(path: Path, timeout: float):
         lock.acquire()
     except Timeout:
         try:
-            who = holder.read_text()
+            who = holder.read_text(encoding="utf-8", errors="replace")
         except OSError:
             who = "an unknown process"
         raise JitUnavailable(f"waited {timeout:g} s for {path}, held by {who}; end it if it hangs") from None
     try:
-        holder.write_text(f"process {os.getpid()} on host {socket.gethostname()} ({' '.join(sys.argv[:2])})")
+        # One line, whatever a script is called: a note must not stop a build.
+        command = " ".join(" ".join(sys.argv[:2]).split())
+        note = f"process {os.getpid()} on host {socket.gethostname()} ({command})"
+        holder.write_text(note, encoding="utf-8", errors="backslashreplace")
         yield
     finally:
         lock.release()
@@ -231,6 +236,8 @@ def build_lock(path: Path, timeout: float):
 # Failures stay as well: a layer asks before every expert call, and a build that failed once must not run each time.
 _loaded: dict[tuple[Extension, Path], object] = {}
 _loading = threading.Lock()
+# A process that was forked while a thread loads has the lock without the thread that would let it go.
+os.register_at_fork(after_in_child=_loading._at_fork_reinit)
 
 
 def load(ext: Extension, cache_dir, timeout: float = LOCK_TIMEOUT_S):

@@ -5,6 +5,7 @@ Processes in this file are fresh children, so that nothing is found in the memor
 
 import hashlib
 import importlib.machinery
+import importlib.util
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import sys
 import pytest
 
 from sonicmoe import jit
+from tests.support import children
 from tests.workers import jit_tools as tools
 
 ROUTED = [[1, 3], [1, 0, 0, 1, 2, 0]]  # the real extension's answer: counts, and x_gather_idx
@@ -68,6 +70,32 @@ def test_threads_of_one_process_compile_once(csrc, cache, compiler):
     assert compiler.compilations() == 1
 
 
+def test_a_fork_during_a_build_has_its_own_turn(csrc, cache, tmp_path):
+    """A data loader's worker, say: it waits for the build, and not for a thread that it does not have."""
+    begun = tmp_path / "begun"
+    compiler = tools.Tools(tmp_path / "bin").install(f'touch {begun}; sleep 0.5; exec REAL "$@"')
+    script = """
+        import os, signal, sys, threading, time
+        from pathlib import Path
+        from sonicmoe import jit
+
+        csrc, cache, begun = map(Path, sys.argv[1:])
+        jit.source_folder = lambda: csrc
+        builder = threading.Thread(target=jit.load, args=(jit.Extension("one", ("one.cpp",)), cache))
+        builder.start()
+        while not begun.exists():
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(jit.load(jit.Extension("one", ("one.cpp",)), cache).answer())
+        builder.join()
+        print(os.waitpid(child, 0)[1] >> 8)
+    """
+    done = children.python(script, csrc, cache, begun, env=tools.environment(compiler.path))
+    assert done.stdout == "1\n" and compiler.compilations() == 1
+
+
 def test_what_was_begun_ahead_is_waited_for(csrc, cache, compiler):
     assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=compiler.path, ahead=["one"])) == [1]
     assert compiler.compilations() == 1
@@ -91,6 +119,17 @@ def test_import_of_a_prebuilt_artifact_is_fast(routing_cache):
     """Aim: 50 ms, and tools/ci/jit_bench.py holds to it. A shared machine gets three times that here."""
     seconds = [tools.ask(routing_cache, "routing")[0]["seconds"] for _ in range(7)]
     assert statistics.median(seconds) < 0.150, seconds
+
+
+def test_benchmark_names_the_compiler_that_is_there(tmp_path, monkeypatch):
+    """Not every machine calls it c++."""
+    spec = importlib.util.spec_from_file_location("jit_bench", children.ROOT / "tools" / "ci" / "jit_bench.py")
+    spec.loader.exec_module(bench := importlib.util.module_from_spec(spec))
+    compiler = shutil.which("g++") or pytest.skip("no g++ to link to")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.machine()["compiler"] == "unknown"
+    (tmp_path / "g++").symlink_to(compiler)
+    assert "g++" in bench.machine()["compiler"]
 
 
 # ---- What the key is made of -----------------------------------------------------------------------------------------
@@ -166,6 +205,18 @@ def test_key_does_not_depend_on_the_language(tmp_path, monkeypatch):
     assert jit.find_compiler.__wrapped__(False).version == "compiler 1"
 
 
+def test_sources_that_change_under_the_compiler_leave_no_artifact(csrc, cache, tmp_path):
+    """A checkout while a rank compiles: what comes of it is in no state that its key could name."""
+    new = tmp_path / "new.cpp"
+    new.write_text((csrc / "one.cpp").read_text().replace("ANSWER 1", "ANSWER 2"))
+    compiler = tools.Tools(tmp_path / "bin").install(f'cat {new} > {csrc / "one.cpp"}; exec REAL "$@"')
+    message = tools.failure(tools.ask(cache, "one", csrc=csrc, path=compiler.path), "JitUnavailable")
+    assert message == "the sources of one_host changed while they were compiled; start again"
+    assert list((cache / "ext").iterdir()) == []
+    tools.write_tiny(csrc, "one", 1)
+    assert tools.answers(tools.ask(cache, "one", csrc=csrc, path=tools.counting(tmp_path / "bin").path)) == [1]
+
+
 # ---- An artifact that is not what was built --------------------------------------------------------------------------
 
 
@@ -237,6 +288,22 @@ def test_artifact_that_does_not_load_is_said(tmp_path, cache, compiler):
         assert f"{folder}/one_host.so does not load: " in message and f"remove {folder}" in message
         assert "PyInit_one_host" in message
     assert compiler.compilations() == 1
+
+
+@pytest.mark.skipif(not tools.is_root(), reason="only root can mount")
+def test_mount_that_forbids_programs_is_said(prebuilt, cache, compiler):
+    csrc, _ = prebuilt
+    cache.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "noexec,mode=700", "tmpfs", cache], capture_output=True
+    ).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        message = tools.failure(tools.ask(cache, "one", csrc=csrc, path=compiler.path), "JitUnavailable")
+        assert "one_host.so does not load: " in message
+        assert message.endswith("set SONIC_MOE_CACHE_DIR to a folder that is not mounted noexec")
+    finally:
+        subprocess.run(["umount", cache], check=True)
 
 
 # ---- No compiler, or one that fails ----------------------------------------------------------------------------------

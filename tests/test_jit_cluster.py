@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sonicmoe import jit
 from tests.support import children
 from tests.workers import jit_tools as tools
 
@@ -157,6 +159,38 @@ def test_lock_time_out_names_the_holder(csrc, cache, slow):
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def test_no_name_of_a_script_stops_a_build(tmp_path):
+    """Bytes that are no UTF-8, as names from an older system are, and a line break."""
+    script = """
+        import os, sys
+        from pathlib import Path
+        from sonicmoe import jit
+
+        lock = Path(sys.argv[1])
+        sys.argv = [os.fsdecode(b"/home/\\xd3\\xc3/train.py"), "two\\nlines"]
+        with jit.build_lock(lock, 1):
+            try:
+                with jit.build_lock(lock.with_name("other.lock"), 1):
+                    pass
+                with jit.build_lock(lock, 0.1):
+                    pass
+            except jit.JitUnavailable as reason:
+                print(reason)
+    """
+    done = children.python(script, tmp_path / "one.lock")
+    assert done.stdout.count("\n") == 1 and "\\udcd3\\udcc3/train.py two lines); end it if it hangs" in done.stdout
+
+
+@pytest.mark.parametrize("left", ["process 7 (/home/用户/train.py)".encode("gbk"), b""], ids=["other bytes", "nothing"])
+def test_holder_that_cannot_be_read_is_no_other_error(tmp_path, left):
+    import filelock
+
+    (tmp_path / "one.holder").write_bytes(left)
+    with filelock.FileLock(tmp_path / "one.lock", thread_local=False), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(jit.JitUnavailable, match="waited 0.1 s for .* end it if it hangs"):
+            pool.submit(jit.build_lock(tmp_path / "one.lock", 0.1).__enter__).result()
 
 
 def test_waiting_for_one_extension_does_not_stop_another(csrc, cache, compiler, slow):

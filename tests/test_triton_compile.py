@@ -61,3 +61,20 @@ def test_what_is_left_out_of_tritons_launcher_does_nothing():
     """
     env = children.clean_env([children.ROOT, triton_runs.triton_site(), children.torch_site()])
     assert children.answer(script, env=env) == [[True] * 3, True, 15]
+
+
+def test_wrong_counts_are_still_noticed_once_compiled(tmp_path):
+    """Triton leaves assertions out where it is not told to keep them; the interpreter's test cannot see that."""
+    script = """
+        import json
+        import torch
+        from tests.workers.triton_compile import compile_only
+
+        made = compile_only()
+        from sonicmoe.routing import triton_metadata
+
+        triton_metadata.build(torch.zeros([8, 2], dtype=torch.int32), torch.ones(8, 2), 4, 32, [16, 0, 0, 0])
+        print(json.dumps({name: "__assertfail" in kernel.asm["ptx"] for name, (kernel,) in made.items()}))
+    """
+    found = triton_runs.compiled(script, folder=tmp_path)
+    assert [name for name, asserts in found.items() if asserts] == ["_place_experts"] and len(found) == 4

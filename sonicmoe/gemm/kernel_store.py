@@ -18,8 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-import uuid
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -44,7 +44,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-@cache
 def _tool_versions() -> tuple[str, ...]:
     found = {name: _version(name) for name in (*_TOOLS, *_COMPILERS)}
     for name in _TOOLS:
@@ -65,10 +64,12 @@ def _host() -> str:
     return " ".join([platform.machine(), *sorted(found[1].split() if found else [])])
 
 
-@cache
-def _tool_key() -> str:
+def _tools_as_they_are() -> str:
     text = " ".join([*_tool_versions(), _host()]).encode() + b"\0" + _CHILD.read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
+
+
+_tool_key = cache(_tools_as_they_are)
 
 
 def _folder(cache_dir: Path) -> Path:
@@ -168,15 +169,19 @@ def _build_missing(kernels: list[GemmKernel], cache_dir: Path) -> None:
             return  # another process made them while we waited
         for orphan in folder.glob(".scratch-*"):  # we hold the lock: its maker is dead
             shutil.rmtree(orphan, ignore_errors=True)
-        scratch = folder / f".scratch-{uuid.uuid4().hex}"
-        scratch.mkdir(mode=0o700)
-        try:
-            _compile(missing, scratch)
-        finally:
-            for kernel in missing:
-                if (scratch / f"{kernel.key()}.so").exists():  # also of a set in which another one failed
-                    _install(kernel, scratch, folder)
-            shutil.rmtree(scratch, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder, ignore_cleanup_errors=True) as made_in:
+            scratch = Path(made_in)
+            try:
+                _compile(missing, scratch)
+            finally:
+                # Our key is from when this process began, and children run what is installed now.
+                unchanged = _tools_as_they_are() == _tool_key()
+                for kernel in missing:
+                    # Also of a set in which another one failed.
+                    if unchanged and (scratch / f"{kernel.key()}.so").exists():
+                        _install(kernel, scratch, folder)
+        if not unchanged:
+            raise JitUnavailable("the generator of GEMM kernels was replaced while this process ran; start again")
 
 
 @cache
@@ -190,7 +195,11 @@ def _runtime() -> ctypes.CDLL:
             continue
         for file in files:
             if file.name == _RUNTIME and "stubs" not in file.parts:
-                return ctypes.CDLL(str(file.locate()))
+                path = str(file.locate())
+                try:
+                    return ctypes.CDLL(path)
+                except OSError as error:
+                    raise JitUnavailable(f"{path} does not load: {error}; pip install 'sonicmoe[gpu]' anew") from error
     raise JitUnavailable(f"{_RUNTIME} is in neither {' nor '.join(_COMPILERS)}; pip install 'sonicmoe[gpu]'")
 
 
@@ -201,7 +210,10 @@ def _open(folder: Path, kernel: GemmKernel):
     path = folder / f"{kernel.key()}.so"
     for place in (path, path.with_suffix(".json"), folder):
         cache_safety.require_private(place)
-    return load_module(str(path))[_FUNCTION]
+    try:
+        return load_module(str(path))[_FUNCTION]
+    except RuntimeError as error:
+        raise JitUnavailable(cache_safety.unloadable(path, error, path)) from error
 
 
 _loaded: dict[tuple[GemmKernel, Path], object] = {}

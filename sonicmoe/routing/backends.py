@@ -43,17 +43,17 @@ def _say_once(line: str) -> None:
         warnings.warn(line, stacklevel=3)
 
 
-def build(
-    indices, probs, n_experts: int, block: int, config, counts=None, scales=None, index_name="dispatched_indices"
-) -> tuple[str, dict]:
+def _choice(config, on_cpu: bool) -> str:
+    if config.metadata_backend == "auto" and config.backend == "naive" and not on_cpu:
+        return "naive"  # asked for ordinary operators, on a device that need not be CUDA
+    return config.metadata_backend
+
+
+def build(indices, probs, n_experts: int, block: int, config, counts=None, scales=None) -> tuple[str, dict]:
     """(backend, arrays). ``auto`` takes the fastest that can be had and says once why it is not the first choice; a
     backend chosen by name runs or raises."""
     on_cpu = checks.is_cpu(indices)
-    chosen = config.metadata_backend
-    if chosen == "auto" and config.backend == "naive" and not on_cpu:
-        chosen = "naive"  # asked for ordinary operators, on a device that need not be CUDA
-    if config.validate_dispatch:
-        _check_rows(indices, n_experts, chosen, config.cache_dir, index_name)
+    chosen = _choice(config, on_cpu)
     if chosen != "auto":
         if (chosen == "host") != on_cpu and chosen not in ("naive", "triton"):
             raise ValueError(f"metadata_backend: got {chosen!r} for indices on {checks.place_name(indices)}")
@@ -67,11 +67,13 @@ def build(
     return last, _BUILDERS[last](indices, probs, n_experts, block, counts, config.cache_dir, scales)
 
 
-def _check_rows(indices, n_experts: int, backend: str, cache_dir, index_name) -> None:
+def check_rows(indices, n_experts: int, config, index_name: str) -> None:
     """SONIC_MOE_VALIDATE_DISPATCH: the dispatcher's promise, row by row. Waits for the device."""
-    compiled = backend not in ("naive", "triton")
     try:
-        found = native.check_rows(indices, n_experts, cache_dir) if compiled else naive.check_rows(indices, n_experts)
+        if _choice(config, checks.is_cpu(indices)) in ("naive", "triton"):
+            found = naive.check_rows(indices, n_experts)
+        else:
+            found = native.check_rows(indices, n_experts, config.cache_dir)
     except JitUnavailable:
         found = naive.check_rows(indices, n_experts)
     if found is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import SonicMoEConfig
 from . import backends
-from .arrays import bound
+from .arrays import bound, counts_on_host
 
 # csrc/deepep_topk_metadata.h has the same two: what one backend cannot do, none does.
 MAX_EXPERTS = 1024
@@ -56,9 +56,10 @@ def build(
     """Metadata for ``indices [T,K]`` (int32 or int64; negative or >= E means not here) and ``probs [T,K]``.
 
     ``counts`` are the dispatcher's real tokens per expert. They size the arrays, so counts that the indices do not
-    have are an error: here on the CPU, on a GPU a message and a stopped device. ``scales`` [T, words] of 4-byte words
-    come back in sorted order. ``all_valid`` promises that every id is an expert: without counts the compiled backends
-    then make arrays for the most rows that there can be, and wait for nothing.
+    have are an error: here on the CPU and under SONIC_MOE_VALIDATE_DISPATCH, else on a GPU a message and a stopped
+    device. ``scales`` [T, words] of 4-byte words come back in sorted order. ``all_valid`` promises that every id is an
+    expert: without counts the compiled backends then make arrays for the most rows that there can be, and wait for
+    nothing.
     """
     n_tokens, n_topk = int(indices.shape[0]), int(indices.shape[1])
     if n_tokens * n_topk >= 2**31 or n_topk > MAX_TOPK:
@@ -69,21 +70,21 @@ def build(
         raise ValueError(f"n_experts: got {n_experts}, need 1 to {MAX_EXPERTS}")
     if block < 1:
         raise ValueError(f"block: got {block}, need at least 1")
+    if counts is not None and sum(counts) > n_tokens * n_topk:
+        raise ValueError(
+            f"tokens_per_expert: got a sum of {sum(counts)}, but {index_name} {[n_tokens, n_topk]} have room for "
+            f"{n_tokens * n_topk} slots"
+        )
+    if config.validate_dispatch:
+        backends.check_rows(indices, n_experts, config, index_name)
+        _check_counts(counts_on_host(indices, n_experts), counts, n_tokens * n_topk, all_valid, index_name)
     sizing = counts
     if all_valid and counts is None:
         sizing = bound(n_tokens * n_topk, n_experts, block)
-    backend, arrays = backends.build(indices, probs, n_experts, block, config, sizing, scales, index_name)
+    backend, arrays = backends.build(indices, probs, n_experts, block, config, sizing, scales)
     found = arrays.pop("counts")
-    if all_valid and found is not None and sum(found) != n_tokens * n_topk:
-        raise ValueError(
-            f"{index_name}: {n_tokens * n_topk - sum(found)} of {n_tokens * n_topk} ids are not in 0 to {n_experts - 1}"
-        )
-    if counts is not None and found is not None and found != counts:
-        expert = next(e for e in range(n_experts) if found[e] != counts[e])
-        raise ValueError(
-            f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but {index_name} "
-            f"hold {found[expert]} slots for it (sum {sum(found)})"
-        )
+    if found is not None:
+        _check_counts(found, counts, n_tokens * n_topk, all_valid, index_name)
     return Routing(
         **arrays,
         n_tokens=n_tokens,
@@ -94,3 +95,15 @@ def build(
         block=block,
         backend=backend,
     )
+
+
+def _check_counts(found: list[int], counts: list[int] | None, n_slots: int, all_valid: bool, index_name: str) -> None:
+    """What the ids have, against what the caller said of them."""
+    if all_valid and sum(found) != n_slots:
+        raise ValueError(f"{index_name}: {n_slots - sum(found)} of {n_slots} ids are not in 0 to {len(found) - 1}")
+    if counts is not None and found != counts:
+        expert = next(e for e in range(len(found)) if found[e] != counts[e])
+        raise ValueError(
+            f"tokens_per_expert: got {counts[expert]} for expert {expert} (sum {sum(counts)}), but {index_name} "
+            f"hold {found[expert]} slots for it (sum {sum(found)})"
+        )

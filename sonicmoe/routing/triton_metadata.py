@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..triton_launch import prepare
-from .arrays import Arrays, counts_on_host, sizes
+from .arrays import Arrays, Bound, counts_on_host, sizes
 
 _TILE = 128
 
@@ -49,10 +49,10 @@ def _sum_tiles(tile_count, totals, n_tiles, CHUNK: tl.constexpr):
     tl.store(totals + expert, before)
 
 
-@triton.jit
+@triton.jit(debug=True)  # or the assertion is left out
 def _place_experts(
     totals, expert_offset, x_gather, s_scatter, scores,
-    n_experts, n_valid, n_rows, block, BINS: tl.constexpr, PADS: tl.constexpr,
+    n_experts, n_valid, n_rows, block, BOUNDED: tl.constexpr, BINS: tl.constexpr, PADS: tl.constexpr,
 ):  # fmt: skip
     """Padded starts of all experts (program 0 writes them), and the pad rows of this program's expert. One program more
     has the rows behind the last segment, if the arrays were made for more than there are."""
@@ -61,6 +61,10 @@ def _place_experts(
     total = tl.load(totals + e, mask=e < n_experts, other=0)
     padded = (total + block - 1) // block * block
     end = tl.cumsum(padded, 0)
+    # Nothing has been written to the outputs yet: counts that the ids do not have would lead past their ends.
+    rows = tl.sum(padded)
+    fits = (tl.sum(total) == n_valid) & ((rows <= n_rows) if BOUNDED else (rows == n_rows))
+    tl.device_assert(fits, "sonicmoe: dispatched_indices do not hold the slots that tokens_per_expert count")
     if mine == 0:
         tl.store(expert_offset + e, end - padded, mask=e <= n_experts)
     my_total = tl.sum(tl.where(e == mine, total, 0))
@@ -108,7 +112,8 @@ def _place_slots(
 
 
 def build(indices, probs, n_experts: int, block: int, counts, cache_dir=None, scales=None) -> dict:
-    """The arrays of ``Routing`` by name. Counts from the host cost no wait; without them the ids are counted first."""
+    """The arrays of ``Routing`` by name. Counts from the host cost no wait; without them the ids are counted first. A
+    count that the ids do not have stops the device with a message."""
     indices, probs = indices.contiguous(), probs.contiguous()
     n_tokens, n_topk = indices.shape
     total = n_tokens * n_topk
@@ -138,8 +143,10 @@ def build(indices, probs, n_experts: int, block: int, counts, cache_dir=None, sc
             n_slots,
             n_rows,
             block,
+            BOUNDED=isinstance(counts, Bound),
             BINS=bins,
             PADS=128,
+            sanitize_overflow=False,  # no assertion but ours
         )
         _place_slots[(n_tiles,)](
             indices,

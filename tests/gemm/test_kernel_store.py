@@ -3,6 +3,8 @@
 A stub stands for the generator, so none of it need be installed. Each asking process is a fresh child.
 """
 
+import errno
+import functools
 import json
 import os
 import shutil
@@ -15,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from sonicmoe.cache_safety import JitUnavailable
 from sonicmoe.gemm import gemm_kernel, kernel_store
 from sonicmoe.gemm.gemm_kernel import GemmKernel, Tile
-from tests.workers import jit_tools
+from tests.workers import gemm_store_child, jit_tools
 from tests.workers.gemm_store_tools import VERSIONS, Store, write_site
 
 SET = ("up", "up_z", "rows", "down_backward", "wgrad")
@@ -225,7 +228,7 @@ def test_another_version_of_a_tool_is_another_folder(store, tmp_path, tool):
 def where(monkeypatch, tmp_path):
     """() -> the folder for objects, found anew."""
     monkeypatch.setattr(kernel_store, "_tool_versions", lambda: ("1", "2", "3"))
-    monkeypatch.setattr(kernel_store, "_tool_key", kernel_store._tool_key.__wrapped__)
+    monkeypatch.setattr(kernel_store, "_tool_key", kernel_store._tools_as_they_are)
     return lambda: kernel_store._folder(tmp_path)
 
 
@@ -243,6 +246,44 @@ def test_another_compiling_program_is_another_folder(where, monkeypatch, tmp_pat
     other.write_bytes(kernel_store._CHILD.read_bytes() + b"\n")
     monkeypatch.setattr(kernel_store, "_CHILD", other)
     assert where() != first
+
+
+@pytest.fixture
+def stubbed(monkeypatch, tmp_path):
+    """This process's own store with the stub for a generator: (the stub, a cache)."""
+    child = tmp_path / "compile.py"
+    child.write_bytes(gemm_store_child.STUB.read_bytes())
+    monkeypatch.setattr(kernel_store, "_CHILD", child)
+    monkeypatch.setattr(kernel_store, "_tool_versions", lambda: ("1", "2", "3"))
+    monkeypatch.setattr(kernel_store, "_tool_key", functools.cache(kernel_store._tools_as_they_are))
+    monkeypatch.setenv("STUB_GEMM_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("STUB_GEMM_DOES", "{}")
+    return child, tmp_path / "cache"
+
+
+def test_tools_replaced_under_a_process_leave_nothing(stubbed):
+    """An upgrade, or another branch: what a child makes from then on is not what this process would keep it as."""
+    child, cache = stubbed
+    kernel_store.build_ahead([BASE], cache)
+    child.write_bytes(child.read_bytes() + b"\n")
+    with pytest.raises(JitUnavailable, match="was replaced while this process ran; start again$"):
+        kernel_store.build_ahead([BASE, replace(BASE, op="rows")], cache)
+    (folder,) = (cache / "gemm").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [f"{BASE.key()}.json", f"{BASE.key()}.so"]
+
+
+def test_disk_that_is_full_at_the_end_gets_its_room_back(stubbed, monkeypatch):
+    """What was compiled is the most that a build writes, and nobody could use it."""
+
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as without_room:
+        without_room.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            kernel_store.build_ahead([BASE], stubbed[1])
+    (folder,) = (stubbed[1] / "gemm").iterdir()
+    assert list(folder.iterdir()) == []
 
 
 def test_tiles_that_cannot_be_made_are_told_apart():
@@ -275,6 +316,27 @@ def test_missing_generator_is_said(store, tmp_path):
 def test_missing_loader_is_said(store):
     (store.site / "tvm_ffi.py").unlink()
     assert "pip install 'sonicmoe[gpu]'" in store.refuses("up")
+
+
+@pytest.mark.parametrize(
+    "why, remedy",
+    [
+        ("GLIBC_9.9 not found", "remove {}"),
+        ("failed to map segment", "set SONIC_MOE_CACHE_DIR to a folder that is not"),
+    ],
+)
+def test_library_that_does_not_load_is_said(store, why, remedy):
+    (store.site / "tvm_ffi.py").write_text(f"def load_module(path): raise RuntimeError('Check failed:\\n{why}')")
+    message = store.refuses("up")
+    path = store.file("up", ".so")
+    assert message.startswith(f"{path} does not load: Check failed: {why}; {remedy.format(path)}")
+
+
+def test_runtime_that_does_not_load_is_said(store):
+    (runtime,) = store.site.rglob("cu12/lib/libcute_dsl_runtime.so")
+    runtime.write_bytes(b"of another machine")
+    message = store.refuses("up")
+    assert message.startswith(f"{runtime} does not load: ") and message.endswith("pip install 'sonicmoe[gpu]' anew")
 
 
 def test_missing_runtime_is_said(store):

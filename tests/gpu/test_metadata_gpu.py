@@ -265,6 +265,32 @@ def test_wrong_counts_stop_the_device_with_a_message(build, cache_dir, module, s
     assert build(np.array([[0, 1]]), counts=[1, 1, 0, 0]).n_slots == 2
 
 
+TRITON_WRONG_COUNTS = """
+    import json, os, sys
+    import torch
+    from sonicmoe.routing import triton_metadata
+
+    ids, error = torch.tensor([[0, 2], [2, 1], [2, 3]]).cuda(), ""
+    try:
+        triton_metadata.build(ids, torch.ones(ids.shape).cuda(), 4, 1, json.loads(sys.argv[1]))
+        torch.cuda.synchronize()
+    except RuntimeError as reason:
+        error = str(reason).splitlines()[0]
+    print(json.dumps(error), flush=True)
+    os._exit(0)  # as above
+"""
+
+
+@pytest.mark.parametrize("counts, stops", [([1, 1, 3, 1], False), ([1, 1, 2, 1], True), ([0, 0, 0, 0], True)])
+def test_wrong_counts_stop_the_device_under_triton(counts, stops):
+    command = [sys.executable, "-c", textwrap.dedent(TRITON_WRONG_COUNTS), json.dumps(counts)]
+    done = children.check(children.run(command))
+    error = json.loads(done.stdout.strip().splitlines()[-1])
+    assert ("device-side assert" in error) == stops, error
+    said = "sonicmoe: dispatched_indices do not hold the slots that tokens_per_expert count"
+    assert (said in done.stdout + done.stderr) == stops
+
+
 # ---- Where it writes -------------------------------------------------------------------------------------------------
 
 GUARD, CANARY = 64, 0x5CA1AB1E

@@ -176,6 +176,26 @@ def test_counts_that_the_ids_do_not_have(build, backend):
         build(backend, np.full((3, 2), -1), counts=[0, 0, 1, 0])
 
 
+@pytest.mark.parametrize("shape, counts", [((0, 2), [0, 1, 0, 0]), ((3, 2), [0, 7, 0, 0]), ((3, 0), [1, 1, 0, 0])])
+def test_counts_beyond_all_slots_reach_no_backend(build, monkeypatch, shape, counts):
+    """A GPU counts nothing by itself: where there is not even a slot, it would hand out memory as it found it."""
+    monkeypatch.setitem(backends._BUILDERS, "host", lambda *_: pytest.fail("it was asked"))
+    text = f"tokens_per_expert: got a sum of {sum(counts)}, but dispatched_indices {list(shape)} have room for "
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}{shape[0] * shape[1]} slots$"):
+        build("host", np.zeros(shape, np.int32), counts=counts)
+
+
+def test_validation_counts_where_the_backend_does_not(build, monkeypatch):
+    """On a GPU wrong counts stop the device; under the flag they are an error that names the expert."""
+    monkeypatch.setitem(backends._BUILDERS, "host", lambda *_: pytest.fail("it was asked"))
+    text = "tokens_per_expert: got 2 for expert 1 (sum 4), but dispatched_indices hold 3 slots for it (sum 5)"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        build("host", ROWS, counts=[1, 2, 0, 1], validate_dispatch=True)
+    config = SonicMoEConfig(metadata_backend="host", validate_dispatch=True)
+    with pytest.raises(ValueError, match="^topk: 1 of 6 ids are not in 0 to 3$"):
+        metadata.build(paddle.to_tensor(ROWS), paddle.ones([3, 2]), 4, 1, config, index_name="topk", all_valid=True)
+
+
 FAULTS = {
     "twice": ([0, 3, 0], "holds an expert more than once"),
     "twice in a row": ([2, 2, -1], "holds an expert more than once"),
@@ -414,3 +434,6 @@ def test_cuda_version_compiles_and_knows_its_workspace(cache_dir):
 def test_triton_version_in_its_interpreter():
     found = triton_runs.interpreted(TRITON_WORKER, timeout=170)
     assert found["cases"] >= 30 and found["different"] == []
+    assert len(found["wrong_counts"]) == 6
+    for counts, said, wrote in found["wrong_counts"]:
+        assert "dispatched_indices do not hold the slots that tokens_per_expert count" in said and not wrote, counts

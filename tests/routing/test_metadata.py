@@ -6,7 +6,7 @@ import pytest
 
 from sonicmoe import SonicMoEConfig
 from sonicmoe.cache_safety import JitUnavailable
-from sonicmoe.ernie_compat import deepep_topk_to_sonic_metadata
+from sonicmoe.ernie_compat import deepep_metadata, deepep_topk_to_sonic_metadata
 from sonicmoe.routing import metadata, naive
 from tests.support.problems import make_indices
 
@@ -136,6 +136,15 @@ def test_types_of_the_tuple(backend):
             else:
                 wanted = paddle.float32 if name == "router_scores" else paddle.int32
                 assert value.dtype == wanted and value.ndim == 1 and value.stop_gradient, name
+
+
+def test_a_thread_gets_the_context_of_the_indices_first(monkeypatch):
+    """Paddle gives a thread its GPU where one of its own kernels runs; here none need have run before."""
+    order, build_metadata = [], metadata.build
+    monkeypatch.setattr(deepep_metadata, "make_current", lambda tensor: order.append(tensor.shape))
+    monkeypatch.setattr(metadata, "build", lambda *given: order.append("build") or build_metadata(*given))
+    build(np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32), None, 4, 1)
+    assert order == [[3, 2], "build"]
 
 
 def test_pads(backend):

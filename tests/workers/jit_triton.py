@@ -1,8 +1,9 @@
 """The Triton version of the routing metadata in Triton's interpreter, beside the naive one, on real torch.
 
-Prints {"cases": how many, "different": what differed}. TRITON_INTERPRET must be set.
+Prints {"cases": how many, "different": what differed, "wrong_counts": what came of each}. TRITON_INTERPRET must be set.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -71,5 +72,45 @@ def behind(wanted: dict, found: dict, room) -> list:
     return different
 
 
+def wrong_counts() -> list:
+    """(counts, what was said, whether anything was written) for counts that the ids do not have."""
+    import torch
+    from triton.runtime import interpreter
+
+    from sonicmoe.routing import triton_metadata
+    from sonicmoe.routing.arrays import Arrays, Bound
+
+    # A kernel that is compiled says for itself that its assertions stay; the interpreter has to be told.
+    settings = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(settings, debug=True)
+    indices, probs, made = torch.tensor([[0, 2], [2, -1], [2, 3]]), torch.ones(3, 2), []
+
+    class Marked(Arrays):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            for view in self.views.values():
+                view.fill_(77)
+            made.append(self)
+
+    triton_metadata.Arrays, found = Marked, []
+    for block, counts in (
+        (1, [1, 0, 2, 1]),
+        (1, [1, 0, 4, 1]),
+        (2, [2, 0, 3, 1]),
+        (2, [1, 0, 0, 4]),
+        (1, Bound(6, 6)),
+        (2, Bound(5, 6)),
+    ):
+        try:
+            triton_metadata.build(indices, probs, 4, block, counts)
+            said = ""
+        except Exception as error:
+            said = str(error)
+        found.append([counts, said, any(bool((view != 77).any()) for view in made[-1].views.values())])
+    triton_metadata.build(indices, probs, 4, 1, [0, 1, 3, 1])  # of the right sum, and so of the right sizes
+    triton_metadata.build(indices, probs, 4, 2, Bound(5, 10))
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(compare()))
+    print(json.dumps({**compare(), "wrong_counts": wrong_counts()}))

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def machine() -> dict[str, str]:
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    shown = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout.splitlines()
+    # Any of those that the JIT takes: which of them are there is the machine's business.
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    shown = subprocess.run([found, "--version"], capture_output=True, text=True).stdout.splitlines() if found else []
     return {
         "cpu": model,
         "cores": str(len(os.sched_getaffinity(0))),
