@@ -133,6 +133,10 @@ class ExpertParallelMoE(nn.Layer):
         if self.training:
             self.load = self.load + frequency
         if self.recompute and paddle.is_grad_enabled():
+            # Paddle runs nothing again where no input wants a gradient, and the experts would never learn.
+            if x.stop_gradient and probs.stop_gradient and self._routed_part_learns():
+                probs = probs.detach()
+                probs.stop_gradient = False
             out = run_again_in_backward(self._routed, x, probs, indices, preserve_rng_state=False)
         else:
             out = self._routed(x, probs, indices)
@@ -171,6 +175,10 @@ class ExpertParallelMoE(nn.Layer):
         share = frequency.astype("float32") / frequency.sum().astype("float32").clip(min=1.0)
         n_tokens = max(int(logits.shape[0]), 1)
         return self.num_experts * (F.softmax(logits, axis=-1).sum(axis=0) * share).sum() / n_tokens
+
+    def _routed_part_learns(self) -> bool:
+        parts = [self.experts] if self.shared is None else [self.experts, self.shared]
+        return any(not weight.stop_gradient for part in parts for weight in part.parameters())
 
     def _routed(self, x, probs, indices):
         parts = [cut(tensor, self.overlap) for tensor in (x, probs, indices)]

@@ -164,16 +164,25 @@ def test_recompute_dispatches_again(recompute, monkeypatch):
     assert len(seen) == 1 + recompute
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("frozen", ["router", "experts"])
-def test_frozen_parts(frozen):
-    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1)
+def test_frozen_parts(frozen, recompute):
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1, shared_intermediate_size=64, recompute=recompute)
     for weight in [layer.router.weight] if frozen == "router" else layer.experts.parameters():
         weight.stop_gradient = True
     (layer(paddle.randn([T, H]))[0] ** 2).mean().backward()
     layer.step()
     assert (layer.router.weight.grad is None) == (frozen == "router")
+    assert layer.shared.down_proj.weight.grad is not None
     grads = [getattr(weight, "main_grad", None) for weight in layer.experts.parameters()]
     assert all((grad is None) == (frozen == "experts") for grad in grads)
+
+
+def test_recompute_of_a_frozen_layer_wants_no_gradient():
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, shared_intermediate_size=64, recompute=True)
+    for weight in layer.parameters():
+        weight.stop_gradient = True
+    assert layer(paddle.randn([T, H]))[0].stop_gradient
 
 
 def test_a_layer_without_gradients_keeps_nothing():
