@@ -244,6 +244,19 @@ def test_a_checkpoint_of_fewer_experts_is_an_error(tmp_path):
         checkpoint.save(tmp_path / "other", Alone(), files, {}, {"w": [1, 2, 3]}, range(4))
 
 
+def test_a_name_that_some_experts_lack_is_an_error(tmp_path):
+    """As when an optimizer has met only some of them: what the others have must not get lost."""
+    (tmp_path / "saved").mkdir()
+    files = checkpoint.paddle_files()
+    for rank in (1, 0):
+        experts = {"w": [paddle.ones([1])] * 2} | ({"moment": [paddle.ones([1])] * 2} if rank else {})
+        checkpoint.save(tmp_path / "saved", RankOf(rank, 2), files, {"step": 1}, experts, range(2 * rank, 2 * rank + 2))
+    assert list(checkpoint.load(tmp_path / "saved", files, range(2, 4))[1]) == ["w", "moment"]
+    wanted = r"folder: .* has \['moment', 'w'\] for expert 2, but \['w'\] for expert 0"
+    with pytest.raises(ValueError, match=wanted):
+        checkpoint.load(tmp_path / "saved", files, range(4))
+
+
 # ---- Callers' mistakes -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.torch
 
 if torch:
     from sonicmoe import MoE, SonicMoEConfig
-    from sonicmoe.ep import torch_layer
+    from sonicmoe.ep import checkpoint, torch_layer
     from sonicmoe.ep.communicator import Alone, Landed
     from sonicmoe.functional.autograd import ExpertCall
 
@@ -175,6 +175,21 @@ def test_fp8_all_the_way(log):
     for plain, fp8 in zip(*found, strict=True):
         error = ((fp8.float() - plain.float()).norm() / plain.float().norm()).item()
         assert 0.005 < error < 0.1, error
+
+
+def test_a_checkpoint_is_read_where_its_gpus_are_not(tmp_path):
+    """Tensors are written as if they lay on a GPU that this machine has not."""
+    files, kinds = checkpoint.torch_files(), torch.serialization._package_registry
+    before = list(kinds)
+    torch.serialization.register_package(0, lambda storage: "cuda:99", lambda storage, place: None)
+    try:
+        checkpoint.save(tmp_path, Alone(), files, {"router": torch.ones(2)}, {"w": [torch.ones(2)]}, range(1))
+    finally:
+        kinds[:] = before
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "shared", weights_only=True)
+    shared, experts = checkpoint.load(tmp_path, files, range(1))
+    assert shared["router"].tolist() == experts["w"][0].tolist() == [1.0, 1.0]
 
 
 def test_transport_names(monkeypatch):
