@@ -123,6 +123,7 @@ class ExpertParallelMoE(nn.Layer):
         equally many tokens is that of one rank with all of them.
         """
         checks.require_tensor("hidden_states", hidden_states)
+        checks.require_dtype("hidden_states", hidden_states, checks.FLOAT_DTYPES)
         if len(hidden_states.shape) < 1 or hidden_states.shape[-1] != self.hidden_size:
             given = list(hidden_states.shape)
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")

@@ -62,7 +62,7 @@ def test_fp8_halves_what_travels_as_fp8_and_no_more():
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_plan_waits_for_the_device_once(monkeypatch, pieces):
-    _, indices, probs = problem()
+    x, indices, probs = problem()
     waits = []
     for name in ("tolist", "numpy", "item", "__int__", "__bool__", "__float__", "__len__", "__index__"):
         original = getattr(paddle.Tensor, name)
@@ -72,7 +72,7 @@ def test_a_plan_waits_for_the_device_once(monkeypatch, pieces):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(paddle.Tensor, name, seen)
-    layout.make_layouts([(indices, probs.detach())] * pieces, E, Alone())
+    paddle_tape.open_calls([(x, probs, indices)] * pieces, E, AllToAll(Alone()))
     assert waits[0] == "tolist" and set(waits[1:]) <= {"numpy"} and len(waits) <= 2  # Paddle's tolist calls numpy
 
 
@@ -278,8 +278,41 @@ def test_mistakes_are_named():
         paddle_layer.ExpertParallelMoE(**{**SIZES, "num_experts_per_tok": 5})
     with pytest.raises(ValueError, match=r"hidden_states: got shape \[3, 64\], need \[..., H\] with H=128"):
         paddle_layer.ExpertParallelMoE(**SIZES)(paddle.zeros([3, 64]))
+    with pytest.raises(TypeError, match="hidden_states: got dtype int32, need bfloat16 or float16 or float32"):
+        paddle_layer.ExpertParallelMoE(**SIZES)(paddle.ones([3, H], dtype="int32"))
     with pytest.raises(ValueError, match="overlap: got 0, need at least 1"):
         paddle_layer.ExpertParallelMoE(**SIZES, overlap=0)
+
+
+def test_rows_are_those_of_the_call():
+    """Others would be read as if they were: too many in silence."""
+    x, indices, probs = problem()
+
+    def opened(x=x):
+        return paddle_tape.open_calls([(x, probs, indices)], E, AllToAll(Alone()))[0]
+
+    for given, wanted in (
+        (x.astype("float64"), "x: got dtype float64, need bfloat16 or float16 or float32"),
+        (x.astype("float8_e4m3fn"), "x: got dtype float8_e4m3fn, need bfloat16 or float16 or float32"),
+        (x.reshape([T, 2, H // 2]), r"x: got shape \[24, 2, 64\], need 2 dimensions \[rows, channels\]"),
+        (x[:, :3], "x: got 3 channels, need a multiple of 2, whole words of 4 bytes"),
+        (None, "x: got NoneType, need a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=wanted):
+            opened(given)
+    with pytest.raises(ValueError, match="n_experts: got 0, need at least 1"):
+        paddle_tape.open_calls([(x, probs, indices)], 0, AllToAll(Alone()))
+    twice = paddle.concat([x, x])
+    with pytest.raises(ValueError, match=r"x: got shape \[48, 128\], need \[24, 128\] .*the call was opened for"):
+        paddle_tape.begin_dispatch(twice, probs, opened())
+    with pytest.raises(TypeError, match="x: got dtype float16, need bfloat16"):
+        paddle_tape.begin_dispatch(x.astype("float16"), probs, opened())
+    call = opened()
+    rows, _ = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
+    with pytest.raises(ValueError, match=r"y: got shape \[48, 128\], need \[24, 128\] .*each row that came"):
+        paddle_tape.begin_combine(paddle.concat([rows, rows]), call)
+    with pytest.raises(TypeError, match="y: got dtype int32, need"):
+        paddle_tape.begin_combine(rows.astype("int32"), call)
 
 
 def test_without_a_process_group_a_rank_is_alone():

@@ -89,14 +89,19 @@ class _Framework:
         kinds = {kind: tensors[0].dtype for kind, tensors in layer.expert_tensors().items()}
         layer.set_expert_tensors({k: [self.tensor(a, dtype) for a in experts[k]] for k, dtype in kinds.items()})
 
-    def dispatch_combine(self, case, given) -> dict:
+    def open_call(self, case, given):
+        """(x, probs, the call of them); ``frozen`` names the one that wants no gradient."""
         from sonicmoe.ep.call import Wire
 
-        tape, comm = self.tape, self.communicator()
-        x, probs = self.leaf(given["x"], "bfloat16"), self.leaf(given["probs"], "float32")
+        dtypes = {"x": case["dtype"], "probs": "float32"}
+        x, probs = ((self.tensor if n == case["frozen"] else self.leaf)(given[n], dtypes[n]) for n in dtypes)
         indices = self.tensor(given["indices"], case["index_dtype"])
-        transport, wire = self.transport(case, comm), Wire(**case["wire"])
-        (call,) = tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire)
+        transport, wire = self.transport(case, self.communicator()), Wire(**case["wire"])
+        (call,) = self.tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire)
+        return x, probs, call
+
+    def dispatch_combine(self, case, given) -> dict:
+        tape, (x, probs, call) = self.tape, self.open_call(case, given)
         rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
         payload = call.take_payload()
         came = self.array(rows) if payload is None else self.dequantized(payload)
