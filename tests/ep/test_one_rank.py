@@ -37,11 +37,14 @@ def problem(seed=0):
     return x, paddle.to_tensor(indices), probs
 
 
-def there_and_back(comm, wire):
+def there_and_back(comm, wire, takes_handle=True):
+    """``takes_handle``: whether the experts' backward takes the gradient out of it, as the node does."""
     x, indices, probs = problem()
     (call,) = paddle_tape.open_calls([(x, probs, indices)], E, AllToAll(comm), wire)
     rows, row_probs = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
     y = (rows.astype("float32") * 0 + row_probs.sum(-1, keepdim=True)).astype("bfloat16")
+    if wire.fp8_combine_grad and takes_handle:
+        y.register_hook(lambda grad: call.combine_grad_handle.clear())
     out = paddle_tape.finish_combine(paddle_tape.begin_combine(y, call), call)
     out.backward(paddle.ones_like(out))
 
@@ -58,6 +61,12 @@ def test_fp8_halves_what_travels_as_fp8_and_no_more():
         comm = Counting()
         there_and_back(comm, wire)
         assert comm.sent == sent, wire
+
+
+def test_experts_that_leave_the_handle_are_an_error():
+    """What reaches them over the tape are codes without scales. Paddle makes an OSError of what a backward raises."""
+    with pytest.raises(OSError, match="combine_grad_handle: the experts' backward left the gradient of y in it"):
+        there_and_back(Alone(), Wire(fp8_combine_grad=True), takes_handle=False)
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

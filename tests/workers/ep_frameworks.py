@@ -108,20 +108,21 @@ class _Framework:
         # Beside a payload the rows have no values.
         wide = self.wide(rows) if payload is None else self.tensor(came, "float32")
         place = self.tensor(np.arange(1, case["topk"] + 1, dtype=np.float32), "float32")
-        y = wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1])
-        out = tape.finish_combine(tape.begin_combine(self.narrow(y), call), call)
+        y = self.narrow(wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1]))
+        out, found = tape.finish_combine(tape.begin_combine(y, call), call), {}
+        if call.combine_grad_handle is not None:
+            y.register_hook(lambda grad: found.update(dy=self.taken(call.combine_grad_handle)))
         out.backward(self.tensor(given["dout"], "bfloat16"))
-        found = {} if not call.combine_grad_handle else {"dy": self.dequantized(self.handed_over(call))}
         return found | {
             "rows": came, "ids": self.array(call.local_indices), "probs": self.array(row_probs),
             "counts": np.array(call.counts), "out": self.array(out), "dx": self.array(x.grad),
             "ds": self.array(probs.grad),
         }  # fmt: skip
 
-    def handed_over(self, call):
+    def taken(self, handle):
         from sonicmoe.quant.formats import QuantTensor
 
-        return QuantTensor(call.combine_grad_handle["data"], call.combine_grad_handle["scale"], (1, 128))
+        return self.dequantized(QuantTensor(handle.pop("data"), handle.pop("scale"), (1, 128)))
 
     def dequantized(self, payload):
         from sonicmoe.quant.naive import dequantize
