@@ -135,8 +135,8 @@ class EpCall:
     def begin_dispatch_gradient(self, dx, ds) -> None:
         if self.combine_grad_handle:  # what came to the experts over the tape was no gradient
             raise ValueError(
-                "combine_grad_handle: the experts' backward left the gradient of y in it; give them the handle, or open "
-                "the call without fp8_combine_grad"
+                "combine_grad_handle: the experts' backward left the gradient of y in it; give them the handle, or "
+                "open the call without fp8_combine_grad"
             )
         self._begin(self.transport.begin_combine(dx, self.layout, ds))
 
