@@ -31,6 +31,8 @@ class Wire:
 
     def check(self, hidden: int) -> None:
         for name in ("fp8_dispatch", "fp8_combine_grad"):
+            if getattr(self, name) not in (True, False):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, need True or False")
             if getattr(self, name) and hidden % checks.FP8_ALIGN:
                 raise ValueError(f"{name}: got True with {hidden} channels, need a multiple of {checks.FP8_ALIGN}")
 

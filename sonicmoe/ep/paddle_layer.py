@@ -98,7 +98,7 @@ class ExpertParallelMoE(nn.Layer):
         self.wire = Wire(fp8_dispatch, fp8_combine_grad)
         self.wire.check(self.hidden_size)
         self.recompute, self.overlap = recompute, checks.require_int("overlap", overlap)
-        self.balance_speed, self.compute_dtype = balance_speed, dtype
+        self.balance_speed, self.compute_dtype = balance.checked_speed(balance_speed), dtype
         kind = ActivationType.parse(activation_function)
         alike = np.random.default_rng([seed, 0])
         self.router = _Projection(alike, self.hidden_size, self.num_experts, "float32", std)

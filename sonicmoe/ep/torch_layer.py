@@ -98,7 +98,7 @@ class ExpertParallelMoE(nn.Module):
         self.wire = Wire(fp8_dispatch, fp8_combine_grad)
         self.wire.check(self.hidden_size)
         self.recompute, self.overlap = recompute, checks.require_int("overlap", overlap)
-        self.balance_speed, self.config = balance_speed, config
+        self.balance_speed, self.config = balance.checked_speed(balance_speed), config
         width = intermediate_size * (2 if is_glu(self.activation_function) else 1)
         self.router = nn.Linear(self.hidden_size, self.num_experts, bias=False)
         self.c_fc = Experts(len(self.held), self.hidden_size, width, add_bias=False, std=std)

@@ -289,6 +289,11 @@ def test_mistakes_are_named():
         paddle_layer.ExpertParallelMoE(**SIZES)(paddle.zeros([3, 64]))
     with pytest.raises(TypeError, match="hidden_states: got dtype int32, need bfloat16 or float16 or float32"):
         paddle_layer.ExpertParallelMoE(**SIZES)(paddle.ones([3, H], dtype="int32"))
+    for speed, kind in ((float("nan"), ValueError), (-0.1, ValueError), (float("inf"), ValueError), ("0.1", TypeError)):
+        with pytest.raises(kind, match="balance_speed: got .*, need a"):
+            paddle_layer.ExpertParallelMoE(**SIZES, balance_speed=speed)
+    with pytest.raises(TypeError, match="fp8_dispatch: got 'no', need True or False"):
+        paddle_layer.ExpertParallelMoE(**SIZES, fp8_dispatch="no")
     with pytest.raises(ValueError, match="overlap: got 0, need at least 1"):
         paddle_layer.ExpertParallelMoE(**SIZES, overlap=0)
 
