@@ -9,6 +9,8 @@ layer.sum_shared_gradients(); layer.step(); optimizer.step()
 # First: it makes `import torch` mean Paddle in everything below.
 from . import paddle_tape  # isort: skip
 
+from functools import partial
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -138,7 +140,9 @@ class ExpertParallelMoE(nn.Layer):
             if x.stop_gradient and probs.stop_gradient and self._routed_part_learns():
                 probs = probs.detach()
                 probs.stop_gradient = False
-            out = run_again_in_backward(self._routed, x, probs, indices, preserve_rng_state=False)
+            config = SonicMoEConfig.current() if self.node.config is None else self.node.config
+            again = partial(self._routed_under, config)
+            out = run_again_in_backward(again, x, probs, indices, preserve_rng_state=False)
         else:
             out = self._routed(x, probs, indices)
         out = out.astype(hidden_states.dtype).reshape(hidden_states.shape)
@@ -180,6 +184,11 @@ class ExpertParallelMoE(nn.Layer):
     def _routed_part_learns(self) -> bool:
         parts = [self.experts] if self.shared is None else [self.experts, self.shared]
         return any(not weight.stop_gradient for part in parts for weight in part.parameters())
+
+    def _routed_under(self, config, x, probs, indices):
+        """Backward runs it in a thread and at a time of its own, where another configuration may be active."""
+        with config.activate():
+            return self._routed(x, probs, indices)
 
     def _routed(self, x, probs, indices):
         parts = [cut(tensor, self.overlap) for tensor in (x, probs, indices)]

@@ -8,6 +8,7 @@ import pytest
 
 # First: it makes `import torch` mean Paddle in the rest.
 from sonicmoe.ep import paddle_layer  # isort: skip
+from sonicmoe import SonicMoEConfig
 from sonicmoe.ep import balance, checkpoint, layout, paddle_communicator, paddle_tape, words
 from sonicmoe.ep.call import Wire
 from sonicmoe.ep.communicator import Alone
@@ -171,6 +172,24 @@ def test_recompute_dispatches_again(recompute, monkeypatch):
     assert len(seen) == 1
     out.sum().backward()
     assert len(seen) == 1 + recompute
+
+
+def test_recompute_runs_again_what_ran():
+    """Whatever is active when backward comes."""
+    found, x, dout = [], paddle.randn([T, H]), paddle.randn([T, H])
+    for recompute in (False, True):
+        layer = paddle_layer.ExpertParallelMoE(**{**SIZES, "intermediate_size": 128}, std=0.1, recompute=recompute)
+        given = x.clone()
+        given.stop_gradient = False
+        with SonicMoEConfig(use_fp8=True, fp8_wgrad=True).activate():
+            out, _ = layer(given)
+        out.backward(dout)
+        assert "fp8" in layer.node.last_path
+        layer.step()
+        weights = [weight for weight in layer.experts.parameters() if getattr(weight, "main_grad", None) is not None]
+        found.append([tensor.numpy() for tensor in (given.grad, *(weight.main_grad for weight in weights))])
+    for again, once in zip(*found, strict=True):
+        np.testing.assert_array_equal(again, once)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -126,6 +126,20 @@ def test_recompute_runs_dispatch_and_experts_again(log):
     assert kinds(backward) == ["send", "wait", "send", "wait", "experts", "experts backward", "send", "wait"]
 
 
+def test_recompute_runs_again_what_ran():
+    """Whatever is active where backward runs: on a GPU that is another thread."""
+    x, found = torch.randn(24, SIZES["hidden_size"]).bfloat16(), []
+    for recompute in (False, True):
+        layer = torch_layer.ExpertParallelMoE(**{**SIZES, "intermediate_size": 128}, recompute=recompute).bfloat16()
+        given = x.clone().requires_grad_()
+        with SonicMoEConfig(use_fp8=True, fp8_wgrad=True).activate():
+            out, _ = layer(given)
+        out.float().square().sum().backward()
+        found.append([given.grad, layer.c_fc.weight.grad, layer.c_proj.weight.grad])
+    for again, once in zip(*found, strict=True):
+        assert torch.equal(again, once)
+
+
 def test_recompute_keeps_x_and_little_else():
     def kept(**options):
         layer = torch_layer.ExpertParallelMoE(**SIZES, **options).bfloat16()
