@@ -4,5 +4,6 @@
 ``torch_tape`` have dispatch and combine alone. Loads no framework: a process imports the half that is for its own.
 
 ``communicator`` says what a process group must do, ``paddle_communicator`` and ``torch_communicator`` do it;
-``layout`` decides which rows go where, ``transport`` moves them, ``call`` is one dispatch with its combine.
+``layout`` decides which rows go where, ``transport`` moves them, ``call`` is one dispatch with its combine, ``terms``
+what ranks must have alike in one.
 """

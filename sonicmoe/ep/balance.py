@@ -6,7 +6,20 @@ than the mean load of all ranks and falls for those with more. Layers keep how m
 casting a whole model to bf16 would round a float.
 """
 
+import math
+
 import torch
+
+
+def checked_speed(speed: float | None) -> float | None:
+    """Against what would choose the same experts for every token, or drive the loads apart, without an error."""
+    if speed is None:
+        return None
+    if isinstance(speed, bool) or not isinstance(speed, (int, float)):
+        raise TypeError(f"balance_speed: got {speed!r}, need a number or None")
+    if not 0 <= speed < math.inf:
+        raise ValueError(f"balance_speed: got {speed}, need a finite number from 0 on")
+    return float(speed)
 
 
 def choose(logits_TE, offset_E, k: int):

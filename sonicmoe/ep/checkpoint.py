@@ -29,7 +29,9 @@ class Files:
 def torch_files() -> Files:
     import torch
 
-    return Files(lambda what, path: torch.save(what, path), lambda path: torch.load(path, weights_only=True))
+    # To the CPU: the GPU that a rank wrote from may not be there for the reader, or be another rank's.
+    read = lambda path: torch.load(path, weights_only=True, map_location="cpu")  # noqa: E731
+    return Files(lambda what, path: torch.save(what, path), read)
 
 
 def paddle_files() -> Files:
@@ -79,5 +81,9 @@ def load(folder, files: Files, held: range) -> tuple[dict, dict]:
     for part, (start, stop) in index.items():
         if start < held.stop and held.start < stop:
             found |= files.read(folder / part)
-    names = found[held.start] if len(held) else {}
+    names = found[held.start].keys() if len(held) else ()
+    for expert in held:
+        if found[expert].keys() != names:
+            one, other = sorted(names), sorted(found[expert])
+            raise ValueError(f"folder: {folder} has {other} for expert {expert}, but {one} for expert {held.start}")
     return files.read(folder / _SHARED), {name: [found[expert][name] for expert in held] for name in names}

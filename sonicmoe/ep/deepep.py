@@ -47,8 +47,8 @@ class DeepEp:
             self._buffer, self._row_bytes = kind(self._group, near, far), 2 * hidden
         return self._buffer
 
-    def plan(self, pieces, n_experts: int) -> list[tuple]:
-        """DeepEP itself plans each dispatch."""
+    def plan(self, pieces, n_experts: int, terms) -> list[tuple]:
+        """DeepEP itself plans each dispatch, and nobody compares the ranks' ``terms``."""
         experts_of_rank(n_experts, dist.get_rank(self._group), dist.get_world_size(self._group))
         return [(indices, probs, n_experts) for indices, probs in pieces]
 

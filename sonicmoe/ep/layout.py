@@ -47,6 +47,7 @@ class Planned:
 
 def experts_of_rank(n_experts: int, rank: int, size: int) -> range:
     """The experts that a rank holds, by their number in the whole layer."""
+    checks.require_int("n_experts", n_experts)
     if n_experts % size:
         raise ValueError(f"n_experts: got {n_experts}, need a multiple of {size}, the ranks that share them")
     held = n_experts // size
@@ -64,20 +65,22 @@ def engine_for(tensor):
     return naive_layout if triton_layout is None or checks.is_cpu(tensor) else triton_layout
 
 
-def make_layouts(pieces, n_experts: int, comm) -> list[Planned]:
-    """For ``pieces`` of checked (indices [T,K], probs [T,K] float32). ``indices`` number the whole layer's experts;
-    those that are none are sent nowhere.
+def make_layouts(pieces, n_experts: int, comm, terms) -> list[Planned]:
+    """For ``pieces`` of checked (indices [T,K], probs [T,K] float32), with the ``Terms`` of each. ``indices`` number
+    the whole layer's experts; those that are none are sent nowhere.
 
     All ranks call it together, with as many pieces. The host waits for the device once, for the counts of all.
     """
     held = len(experts_of_rank(n_experts, comm.rank, comm.size))
     begun = [engine_for(indices).begin(indices, probs, n_experts, comm.size) for indices, probs in pieces]
-    mine = [counts for counts, _ in begun]
-    mine = mine[0] if len(mine) == 1 else torch.cat(mine, dim=1)
+    mine = [part for (counts, _), its in zip(begun, terms, strict=True) for part in (its.column(counts), counts)]
+    mine = torch.cat(mine, dim=1)
     told = torch.stack([mine, comm.exchange_counts(mine)]).tolist()  # the one wait
     planned = []
-    for number, ((indices, _), (_, finish)) in enumerate(zip(pieces, begun, strict=True)):
-        first = number * (1 + held)
+    for number, ((indices, _), (_, finish), its) in enumerate(zip(pieces, begun, terms, strict=True)):
+        first = number * (2 + held) + 1
+        for rank, row in enumerate(told[1]):
+            its.require_same(row[first - 1], rank)
         sent, received = ([row[first] for row in table] for table in told)
         counts = [sum(column) for column in zip(*(row[first + 1 : first + 1 + held] for row in told[1]), strict=True)]
         planned.append(_planned(indices, sent, received, counts, finish(sum(sent))))

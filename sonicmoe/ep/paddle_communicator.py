@@ -120,4 +120,6 @@ def of(group=None):
     # Of a group of one Paddle says that nobody is in it.
     if dist.get_world_size(group) == 1 or (group is not None and list(group.ranks) == [dist.get_rank()]):
         return Alone()
+    if group is not None and dist.get_rank() not in group.ranks:
+        raise ValueError(f"group: got ranks {list(group.ranks)}, need some with this process, rank {dist.get_rank()}")
     return {"gloo": _Pairs, "xccl": _OnPlugin}.get(dist.get_backend(group).lower(), _AllToAll)(group)

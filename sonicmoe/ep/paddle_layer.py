@@ -9,6 +9,8 @@ layer.sum_shared_gradients(); layer.step(); optimizer.step()
 # First: it makes `import torch` mean Paddle in everything below.
 from . import paddle_tape  # isort: skip
 
+from functools import partial
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -98,7 +100,7 @@ class ExpertParallelMoE(nn.Layer):
         self.wire = Wire(fp8_dispatch, fp8_combine_grad)
         self.wire.check(self.hidden_size)
         self.recompute, self.overlap = recompute, checks.require_int("overlap", overlap)
-        self.balance_speed, self.compute_dtype = balance_speed, dtype
+        self.balance_speed, self.compute_dtype = balance.checked_speed(balance_speed), dtype
         kind = ActivationType.parse(activation_function)
         alike = np.random.default_rng([seed, 0])
         self.router = _Projection(alike, self.hidden_size, self.num_experts, "float32", std)
@@ -123,6 +125,7 @@ class ExpertParallelMoE(nn.Layer):
         equally many tokens is that of one rank with all of them.
         """
         checks.require_tensor("hidden_states", hidden_states)
+        checks.require_dtype("hidden_states", hidden_states, checks.FLOAT_DTYPES)
         if len(hidden_states.shape) < 1 or hidden_states.shape[-1] != self.hidden_size:
             given = list(hidden_states.shape)
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")
@@ -133,7 +136,13 @@ class ExpertParallelMoE(nn.Layer):
         if self.training:
             self.load = self.load + frequency
         if self.recompute and paddle.is_grad_enabled():
-            out = run_again_in_backward(self._routed, x, probs, indices, preserve_rng_state=False)
+            # Paddle runs nothing again where no input wants a gradient, and the experts would never learn.
+            if x.stop_gradient and probs.stop_gradient and self._routed_part_learns():
+                probs = probs.detach()
+                probs.stop_gradient = False
+            config = SonicMoEConfig.current() if self.node.config is None else self.node.config
+            again = partial(self._routed_under, config)
+            out = run_again_in_backward(again, x, probs, indices, preserve_rng_state=False)
         else:
             out = self._routed(x, probs, indices)
         out = out.astype(hidden_states.dtype).reshape(hidden_states.shape)
@@ -171,6 +180,15 @@ class ExpertParallelMoE(nn.Layer):
         share = frequency.astype("float32") / frequency.sum().astype("float32").clip(min=1.0)
         n_tokens = max(int(logits.shape[0]), 1)
         return self.num_experts * (F.softmax(logits, axis=-1).sum(axis=0) * share).sum() / n_tokens
+
+    def _routed_part_learns(self) -> bool:
+        parts = [self.experts] if self.shared is None else [self.experts, self.shared]
+        return any(not weight.stop_gradient for part in parts for weight in part.parameters())
+
+    def _routed_under(self, config, x, probs, indices):
+        """Backward runs it in a thread and at a time of its own, where another configuration may be active."""
+        with config.activate():
+            return self._routed(x, probs, indices)
 
     def _routed(self, x, probs, indices):
         parts = [cut(tensor, self.overlap) for tensor in (x, probs, indices)]

@@ -22,7 +22,8 @@ from .call import EpCall, Wire, plan_calls  # noqa: E402
 
 def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None) -> list[EpCall]:
     """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many."""
-    needs = {id(tensor): needs_grad(tensor) for piece in pieces for tensor in piece[:2]}
+    given = [tensor for piece in pieces for tensor in piece[:2] if isinstance(tensor, paddle.Tensor)]
+    needs = {id(tensor): needs_grad(tensor) for tensor in given}
     with paddle.no_grad():
         return plan_calls(pieces, n_experts, transport, wire, lambda tensor: needs[id(tensor)])
 

@@ -44,4 +44,6 @@ def of(group=None):
     """The group's communicator; without torch.distributed, or in a group of one, that of a rank alone."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return Alone()
+    if dist.get_rank(group) < 0:  # and its size is -1: experts could be shared out by that, and nobody would get any
+        raise ValueError(f"group: got one without this process, rank {dist.get_rank()}; need a group that it is in")
     return Alone() if dist.get_world_size(group) == 1 else TorchCommunicator(group)

@@ -6,6 +6,7 @@ out, aux_loss = layer(x)
 layer.sum_shared_gradients(); layer.step(); optimizer.step()
 """
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -98,7 +99,7 @@ class ExpertParallelMoE(nn.Module):
         self.wire = Wire(fp8_dispatch, fp8_combine_grad)
         self.wire.check(self.hidden_size)
         self.recompute, self.overlap = recompute, checks.require_int("overlap", overlap)
-        self.balance_speed, self.config = balance_speed, config
+        self.balance_speed, self.config = balance.checked_speed(balance_speed), config
         width = intermediate_size * (2 if is_glu(self.activation_function) else 1)
         self.router = nn.Linear(self.hidden_size, self.num_experts, bias=False)
         self.c_fc = Experts(len(self.held), self.hidden_size, width, add_bias=False, std=std)
@@ -144,7 +145,8 @@ class ExpertParallelMoE(nn.Module):
             self.load += frequency
         args = (compute_input(x), probs, indices)
         if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._routed, *args, use_reentrant=False, preserve_rng_state=False)
+            again = partial(self._routed_under, self._config())
+            out = checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._routed(*args)
         return out.reshape(hidden_states.shape), switch_loss(logits, frequency, self._config())
@@ -155,6 +157,11 @@ class ExpertParallelMoE(nn.Module):
         offset = self.balance_steps.to(torch.float32) * self.balance_speed
         indices = balance.choose(logits.detach(), offset, self.top_k)
         return torch.softmax(logits.to(torch.float32).gather(1, indices), dim=-1), indices.to(torch.int32)
+
+    def _routed_under(self, config, x, probs, indices):
+        """Backward runs it in a thread and at a time of its own, where another configuration may be active."""
+        with config.activate():
+            return self._routed(x, probs, indices)
 
     def _routed(self, x, probs, indices):
         parts = [cut(tensor, self.overlap) for tensor in (x, probs, indices)]

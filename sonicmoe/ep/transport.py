@@ -42,9 +42,9 @@ class AllToAll:
     def __init__(self, comm):
         self.comm = comm
 
-    def plan(self, pieces, n_experts: int) -> list[Planned]:
+    def plan(self, pieces, n_experts: int, terms) -> list[Planned]:
         """For ``pieces`` of (indices [T,K], probs [T,K]), each of which is then dispatched."""
-        return make_layouts(pieces, n_experts, self.comm)
+        return make_layouts(pieces, n_experts, self.comm, terms)
 
     def begin_dispatch(self, x, planned: Planned):
         """x [T,H] or its QuantTensor. Returns what waits for the ``Dispatched``."""

@@ -6,11 +6,12 @@ import torch
 from .. import checks
 from ..launch import beside
 
+WORD_BYTES = 4
 ITEM_BYTES = {**checks.ITEMSIZE, checks.FP8_DTYPE: 1, "int32": 4}
 
 
 def words_in(columns: int, dtype: str) -> int:
-    return columns * ITEM_BYTES[dtype] // 4
+    return columns * ITEM_BYTES[dtype] // WORD_BYTES
 
 
 def to_words(rows):
@@ -29,5 +30,7 @@ def from_words(words, dtype: str):
     """[N, words] -> [N,C] of ``dtype``. ``words`` are what an exchange brought, no slice of it."""
     n_rows, wide = checks.shape_of(words)
     if n_rows == 0:
-        return torch.zeros([0, wide * 4 // ITEM_BYTES[dtype]], dtype=getattr(torch, dtype), device=beside(words))
+        return torch.zeros(
+            [0, wide * WORD_BYTES // ITEM_BYTES[dtype]], dtype=getattr(torch, dtype), device=beside(words)
+        )
     return words.view(getattr(torch, dtype))

@@ -1,5 +1,6 @@
 """Whole jobs: the smoke tool, a lost rank, the demo on two ranks."""
 
+import importlib
 import os
 import re
 import sys
@@ -60,12 +61,23 @@ def test_the_demo_on_two_ranks_is_the_demo_on_one(tmp_path):
     assert "2 ranks, each with 4 of 8 experts of a layer" in ranks.stdout
 
 
-def test_only_named_variables_reach_the_launcher(monkeypatch):
-    sys.path.insert(0, str(SMOKE.parent))
-    try:
-        import multicard_smoke
-    finally:
-        sys.path.remove(str(SMOKE.parent))
+@pytest.fixture
+def multicard_smoke(monkeypatch):
+    monkeypatch.syspath_prepend(SMOKE.parent)
+    return importlib.import_module("multicard_smoke")
+
+
+@pytest.mark.parametrize("gpus, on_gloo", [(0, True), (1, True), (2, False), (8, False)])
+def test_too_few_gpus_are_none(multicard_smoke, monkeypatch, gpus, on_gloo):
+    """A rank then runs on the CPU, whatever Paddle's launcher thinks of the machine."""
+    import paddle
+
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: gpus)
+    assert ("--backend=gloo" in multicard_smoke.launcher("paddle", 2, SMOKE.parent)) == on_gloo
+
+
+def test_only_named_variables_reach_the_launcher(multicard_smoke, monkeypatch):
     for name, value in (SCHEDULER | {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0,1"}).items():
         monkeypatch.setenv(name, value)
     env = multicard_smoke.environment("mark")

@@ -29,6 +29,18 @@ def cases(ranks: int) -> dict:
     }
 
 
+# What the last rank does otherwise, and what it and the others are told of it: 16 bits of another type, and what only
+# backward would run into, are no other number of bytes.
+DISAGREEMENTS = {
+    "channels of x": (dict(hidden=256), 256, 128),
+    "slots of a token in indices": (dict(topk=2), 2, 3),
+    "dtype of x": (dict(dtype="float16"), "float16", "bfloat16"),
+    "fp8_dispatch": (dict(wire=dict(fp8_dispatch=True)), True, False),
+    "fp8_combine_grad": (dict(wire=dict(fp8_combine_grad=True)), True, False),
+    "gradient of x wanted": (dict(frozen="x"), False, True),
+    "gradient of probs wanted": (dict(frozen="probs"), False, True),
+}
+
 FRAMEWORKS = [
     pytest.param("paddle", marks=pytest.mark.dist),
     pytest.param("paddle on the plugin", marks=[pytest.mark.dist, pytest.mark.torch]),
@@ -46,7 +58,10 @@ def found(request, framework, tmp_path_factory):
     ranks, (name, _, on_plugin) = request.param, framework.partition(" ")
     folder = tmp_path_factory.mktemp("movement") / "run"
     plugin = request.getfixturevalue("plugin") if on_plugin else None
-    return ranks, ep_runs.run(name, ranks, cases(ranks), folder, limit_s=90, plugin=plugin)
+    # First, so that all other cases show that nothing was left of them.
+    given = {name: ep_runs.disagreement(odd, **SIZES) for name, (odd, _, _) in DISAGREEMENTS.items()}
+    given |= {"outside": ep_runs.movement(kind="outside")} | cases(ranks)
+    return ranks, ep_runs.run(name, ranks, given, folder, limit_s=90, plugin=plugin)
 
 
 DEEPEP = ["uneven", "holes", "one rank gets all", "fp8"]
@@ -128,6 +143,23 @@ def test_every_row_arrives_once_and_in_order(found, name):
     for rank in range(ranks):
         for key, value in expected.rank(rank).items():
             np.testing.assert_array_equal(results[rank][name][key], value, err_msg=f"rank {rank}: {key}")
+
+
+@pytest.mark.parametrize("name", list(DISAGREEMENTS))
+def test_ranks_that_disagree_are_all_told(found, name):
+    (ranks, results), (_, odd, common) = found, DISAGREEMENTS[name]
+    given = [common] * (ranks - 1) + [odd]
+    for rank in range(ranks):
+        other, where = (odd, ranks - 1) if rank < ranks - 1 else (common, 0)
+        wanted = f"{name}: got {given[rank]}, but {other} on rank {where}; need the same on all ranks"
+        assert str(results[rank][name]["error"]) == wanted
+
+
+def test_a_group_has_no_communicator_for_others(found):
+    _, results = found
+    assert results[0]["outside"]["size"] == 1
+    for result in results[1:]:
+        assert str(result["outside"]["error"]).startswith("group: got ")
 
 
 def test_the_cases_are_what_their_names_say(found):

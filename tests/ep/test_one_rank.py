@@ -8,6 +8,7 @@ import pytest
 
 # First: it makes `import torch` mean Paddle in the rest.
 from sonicmoe.ep import paddle_layer  # isort: skip
+from sonicmoe import SonicMoEConfig
 from sonicmoe.ep import balance, checkpoint, layout, paddle_communicator, paddle_tape, words
 from sonicmoe.ep.call import Wire
 from sonicmoe.ep.communicator import Alone
@@ -37,11 +38,14 @@ def problem(seed=0):
     return x, paddle.to_tensor(indices), probs
 
 
-def there_and_back(comm, wire):
+def there_and_back(comm, wire, takes_handle=True):
+    """``takes_handle``: whether the experts' backward takes the gradient out of it, as the node does."""
     x, indices, probs = problem()
     (call,) = paddle_tape.open_calls([(x, probs, indices)], E, AllToAll(comm), wire)
     rows, row_probs = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
     y = (rows.astype("float32") * 0 + row_probs.sum(-1, keepdim=True)).astype("bfloat16")
+    if wire.fp8_combine_grad and takes_handle:
+        y.register_hook(lambda grad: call.combine_grad_handle.clear())
     out = paddle_tape.finish_combine(paddle_tape.begin_combine(y, call), call)
     out.backward(paddle.ones_like(out))
 
@@ -60,9 +64,15 @@ def test_fp8_halves_what_travels_as_fp8_and_no_more():
         assert comm.sent == sent, wire
 
 
+def test_experts_that_leave_the_handle_are_an_error():
+    """What reaches them over the tape are codes without scales. Paddle makes an OSError of what a backward raises."""
+    with pytest.raises(OSError, match="combine_grad_handle: the experts' backward left the gradient of y in it"):
+        there_and_back(Alone(), Wire(fp8_combine_grad=True), takes_handle=False)
+
+
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_a_plan_waits_for_the_device_once(monkeypatch, pieces):
-    _, indices, probs = problem()
+    x, indices, probs = problem()
     waits = []
     for name in ("tolist", "numpy", "item", "__int__", "__bool__", "__float__", "__len__", "__index__"):
         original = getattr(paddle.Tensor, name)
@@ -72,7 +82,7 @@ def test_a_plan_waits_for_the_device_once(monkeypatch, pieces):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(paddle.Tensor, name, seen)
-    layout.make_layouts([(indices, probs.detach())] * pieces, E, Alone())
+    paddle_tape.open_calls([(x, probs, indices)] * pieces, E, AllToAll(Alone()))
     assert waits[0] == "tolist" and set(waits[1:]) <= {"numpy"} and len(waits) <= 2  # Paddle's tolist calls numpy
 
 
@@ -164,16 +174,43 @@ def test_recompute_dispatches_again(recompute, monkeypatch):
     assert len(seen) == 1 + recompute
 
 
+def test_recompute_runs_again_what_ran():
+    """Whatever is active when backward comes."""
+    found, x, dout = [], paddle.randn([T, H]), paddle.randn([T, H])
+    for recompute in (False, True):
+        layer = paddle_layer.ExpertParallelMoE(**{**SIZES, "intermediate_size": 128}, std=0.1, recompute=recompute)
+        given = x.clone()
+        given.stop_gradient = False
+        with SonicMoEConfig(use_fp8=True, fp8_wgrad=True).activate():
+            out, _ = layer(given)
+        out.backward(dout)
+        assert "fp8" in layer.node.last_path
+        layer.step()
+        weights = [weight for weight in layer.experts.parameters() if getattr(weight, "main_grad", None) is not None]
+        found.append([tensor.numpy() for tensor in (given.grad, *(weight.main_grad for weight in weights))])
+    for again, once in zip(*found, strict=True):
+        np.testing.assert_array_equal(again, once)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("frozen", ["router", "experts"])
-def test_frozen_parts(frozen):
-    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1)
+def test_frozen_parts(frozen, recompute):
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, std=0.1, shared_intermediate_size=64, recompute=recompute)
     for weight in [layer.router.weight] if frozen == "router" else layer.experts.parameters():
         weight.stop_gradient = True
     (layer(paddle.randn([T, H]))[0] ** 2).mean().backward()
     layer.step()
     assert (layer.router.weight.grad is None) == (frozen == "router")
+    assert layer.shared.down_proj.weight.grad is not None
     grads = [getattr(weight, "main_grad", None) for weight in layer.experts.parameters()]
     assert all((grad is None) == (frozen == "experts") for grad in grads)
+
+
+def test_recompute_of_a_frozen_layer_wants_no_gradient():
+    layer = paddle_layer.ExpertParallelMoE(**SIZES, shared_intermediate_size=64, recompute=True)
+    for weight in layer.parameters():
+        weight.stop_gradient = True
+    assert layer(paddle.randn([T, H]))[0].stop_gradient
 
 
 def test_a_layer_without_gradients_keeps_nothing():
@@ -235,6 +272,19 @@ def test_a_checkpoint_of_fewer_experts_is_an_error(tmp_path):
         checkpoint.save(tmp_path / "other", Alone(), files, {}, {"w": [1, 2, 3]}, range(4))
 
 
+def test_a_name_that_some_experts_lack_is_an_error(tmp_path):
+    """As when an optimizer has met only some of them: what the others have must not get lost."""
+    (tmp_path / "saved").mkdir()
+    files = checkpoint.paddle_files()
+    for rank in (1, 0):
+        experts = {"w": [paddle.ones([1])] * 2} | ({"moment": [paddle.ones([1])] * 2} if rank else {})
+        checkpoint.save(tmp_path / "saved", RankOf(rank, 2), files, {"step": 1}, experts, range(2 * rank, 2 * rank + 2))
+    assert list(checkpoint.load(tmp_path / "saved", files, range(2, 4))[1]) == ["w", "moment"]
+    wanted = r"folder: .* has \['moment', 'w'\] for expert 2, but \['w'\] for expert 0"
+    with pytest.raises(ValueError, match=wanted):
+        checkpoint.load(tmp_path / "saved", files, range(4))
+
+
 # ---- Callers' mistakes -----------------------------------------------------------------------------------------------
 
 
@@ -256,8 +306,46 @@ def test_mistakes_are_named():
         paddle_layer.ExpertParallelMoE(**{**SIZES, "num_experts_per_tok": 5})
     with pytest.raises(ValueError, match=r"hidden_states: got shape \[3, 64\], need \[..., H\] with H=128"):
         paddle_layer.ExpertParallelMoE(**SIZES)(paddle.zeros([3, 64]))
+    with pytest.raises(TypeError, match="hidden_states: got dtype int32, need bfloat16 or float16 or float32"):
+        paddle_layer.ExpertParallelMoE(**SIZES)(paddle.ones([3, H], dtype="int32"))
+    for speed, kind in ((float("nan"), ValueError), (-0.1, ValueError), (float("inf"), ValueError), ("0.1", TypeError)):
+        with pytest.raises(kind, match="balance_speed: got .*, need a"):
+            paddle_layer.ExpertParallelMoE(**SIZES, balance_speed=speed)
+    with pytest.raises(TypeError, match="fp8_dispatch: got 'no', need True or False"):
+        paddle_layer.ExpertParallelMoE(**SIZES, fp8_dispatch="no")
     with pytest.raises(ValueError, match="overlap: got 0, need at least 1"):
         paddle_layer.ExpertParallelMoE(**SIZES, overlap=0)
+
+
+def test_rows_are_those_of_the_call():
+    """Others would be read as if they were: too many in silence."""
+    x, indices, probs = problem()
+
+    def opened(x=x):
+        return paddle_tape.open_calls([(x, probs, indices)], E, AllToAll(Alone()))[0]
+
+    for given, wanted in (
+        (x.astype("float64"), "x: got dtype float64, need bfloat16 or float16 or float32"),
+        (x.astype("float8_e4m3fn"), "x: got dtype float8_e4m3fn, need bfloat16 or float16 or float32"),
+        (x.reshape([T, 2, H // 2]), r"x: got shape \[24, 2, 64\], need 2 dimensions \[rows, channels\]"),
+        (x[:, :3], "x: got 3 channels, need a multiple of 2, whole words of 4 bytes"),
+        (None, "x: got NoneType, need a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=wanted):
+            opened(given)
+    with pytest.raises(ValueError, match="n_experts: got 0, need at least 1"):
+        paddle_tape.open_calls([(x, probs, indices)], 0, AllToAll(Alone()))
+    twice = paddle.concat([x, x])
+    with pytest.raises(ValueError, match=r"x: got shape \[48, 128\], need \[24, 128\] .*the call was opened for"):
+        paddle_tape.begin_dispatch(twice, probs, opened())
+    with pytest.raises(TypeError, match="x: got dtype float16, need bfloat16"):
+        paddle_tape.begin_dispatch(x.astype("float16"), probs, opened())
+    call = opened()
+    rows, _ = paddle_tape.finish_dispatch(paddle_tape.begin_dispatch(x, probs, call), x, call)
+    with pytest.raises(ValueError, match=r"y: got shape \[48, 128\], need \[24, 128\] .*each row that came"):
+        paddle_tape.begin_combine(paddle.concat([rows, rows]), call)
+    with pytest.raises(TypeError, match="y: got dtype int32, need"):
+        paddle_tape.begin_combine(rows.astype("int32"), call)
 
 
 def test_without_a_process_group_a_rank_is_alone():

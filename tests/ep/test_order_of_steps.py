@@ -9,7 +9,7 @@ pytestmark = pytest.mark.torch
 
 if torch:
     from sonicmoe import MoE, SonicMoEConfig
-    from sonicmoe.ep import torch_layer
+    from sonicmoe.ep import checkpoint, torch_layer
     from sonicmoe.ep.communicator import Alone, Landed
     from sonicmoe.functional.autograd import ExpertCall
 
@@ -126,6 +126,20 @@ def test_recompute_runs_dispatch_and_experts_again(log):
     assert kinds(backward) == ["send", "wait", "send", "wait", "experts", "experts backward", "send", "wait"]
 
 
+def test_recompute_runs_again_what_ran():
+    """Whatever is active where backward runs: on a GPU that is another thread."""
+    x, found = torch.randn(24, SIZES["hidden_size"]).bfloat16(), []
+    for recompute in (False, True):
+        layer = torch_layer.ExpertParallelMoE(**{**SIZES, "intermediate_size": 128}, recompute=recompute).bfloat16()
+        given = x.clone().requires_grad_()
+        with SonicMoEConfig(use_fp8=True, fp8_wgrad=True).activate():
+            out, _ = layer(given)
+        out.float().square().sum().backward()
+        found.append([given.grad, layer.c_fc.weight.grad, layer.c_proj.weight.grad])
+    for again, once in zip(*found, strict=True):
+        assert torch.equal(again, once)
+
+
 def test_recompute_keeps_x_and_little_else():
     def kept(**options):
         layer = torch_layer.ExpertParallelMoE(**SIZES, **options).bfloat16()
@@ -175,6 +189,21 @@ def test_fp8_all_the_way(log):
     for plain, fp8 in zip(*found, strict=True):
         error = ((fp8.float() - plain.float()).norm() / plain.float().norm()).item()
         assert 0.005 < error < 0.1, error
+
+
+def test_a_checkpoint_is_read_where_its_gpus_are_not(tmp_path):
+    """Tensors are written as if they lay on a GPU that this machine has not."""
+    files, kinds = checkpoint.torch_files(), torch.serialization._package_registry
+    before = list(kinds)
+    torch.serialization.register_package(0, lambda storage: "cuda:99", lambda storage, place: None)
+    try:
+        checkpoint.save(tmp_path, Alone(), files, {"router": torch.ones(2)}, {"w": [torch.ones(2)]}, range(1))
+    finally:
+        kinds[:] = before
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "shared", weights_only=True)
+    shared, experts = checkpoint.load(tmp_path, files, range(1))
+    assert shared["router"].tolist() == experts["w"][0].tolist() == [1.0, 1.0]
 
 
 def test_transport_names(monkeypatch):

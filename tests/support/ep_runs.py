@@ -11,7 +11,10 @@ from tests.support import children, paddle_plugin
 
 WORKER = children.WORKERS / "expert_parallel.py"
 LIMIT_S = 150
-_MOVEMENT = dict(kind="movement", hidden=128, topk=3, index_dtype="int32", wire={}, routing="uniform", seed=3)
+_MOVEMENT = dict(
+    kind="movement", hidden=128, topk=3, dtype="bfloat16", index_dtype="int32", wire={}, routing="uniform", frozen=None,
+    seed=3,
+)  # fmt: skip
 _TRAINING = dict(
     kind="training", hidden=128, intermediate=64, n_experts=8, topk=2, n_tokens=96, std=0.08, steps=30, seed=7,
     micro_batches=1, skewed=False, whole=True, rows=None, frozen_router=False, layer={}, config=None, steer=None,
@@ -21,6 +24,11 @@ _TRAINING = dict(
 
 def movement(**changes) -> dict:
     return {**_MOVEMENT, **changes}
+
+
+def disagreement(odd: dict, **changes) -> dict:
+    """The last rank does otherwise."""
+    return movement(kind="disagreement", odd=odd, **changes)
 
 
 def training(parts: int, **changes) -> dict:

@@ -89,34 +89,40 @@ class _Framework:
         kinds = {kind: tensors[0].dtype for kind, tensors in layer.expert_tensors().items()}
         layer.set_expert_tensors({k: [self.tensor(a, dtype) for a in experts[k]] for k, dtype in kinds.items()})
 
-    def dispatch_combine(self, case, given) -> dict:
+    def open_call(self, case, given):
+        """(x, probs, the call of them); ``frozen`` names the one that wants no gradient."""
         from sonicmoe.ep.call import Wire
 
-        tape, comm = self.tape, self.communicator()
-        x, probs = self.leaf(given["x"], "bfloat16"), self.leaf(given["probs"], "float32")
+        dtypes = {"x": case["dtype"], "probs": "float32"}
+        x, probs = ((self.tensor if n == case["frozen"] else self.leaf)(given[n], dtypes[n]) for n in dtypes)
         indices = self.tensor(given["indices"], case["index_dtype"])
-        transport, wire = self.transport(case, comm), Wire(**case["wire"])
-        (call,) = tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire)
+        transport, wire = self.transport(case, self.communicator()), Wire(**case["wire"])
+        (call,) = self.tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire)
+        return x, probs, call
+
+    def dispatch_combine(self, case, given) -> dict:
+        tape, (x, probs, call) = self.tape, self.open_call(case, given)
         rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
         payload = call.take_payload()
         came = self.array(rows) if payload is None else self.dequantized(payload)
         # Beside a payload the rows have no values.
         wide = self.wide(rows) if payload is None else self.tensor(came, "float32")
         place = self.tensor(np.arange(1, case["topk"] + 1, dtype=np.float32), "float32")
-        y = wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1])
-        out = tape.finish_combine(tape.begin_combine(self.narrow(y), call), call)
+        y = self.narrow(wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1]))
+        out, found = tape.finish_combine(tape.begin_combine(y, call), call), {}
+        if call.combine_grad_handle is not None:
+            y.register_hook(lambda grad: found.update(dy=self.taken(call.combine_grad_handle)))
         out.backward(self.tensor(given["dout"], "bfloat16"))
-        found = {} if not call.combine_grad_handle else {"dy": self.dequantized(self.handed_over(call))}
         return found | {
             "rows": came, "ids": self.array(call.local_indices), "probs": self.array(row_probs),
             "counts": np.array(call.counts), "out": self.array(out), "dx": self.array(x.grad),
             "ds": self.array(probs.grad),
         }  # fmt: skip
 
-    def handed_over(self, call):
+    def taken(self, handle):
         from sonicmoe.quant.formats import QuantTensor
 
-        return QuantTensor(call.combine_grad_handle["data"], call.combine_grad_handle["scale"], (1, 128))
+        return self.dequantized(QuantTensor(handle.pop("data"), handle.pop("scale"), (1, 128)))
 
     def dequantized(self, payload):
         from sonicmoe.quant.naive import dequantize

@@ -36,3 +36,23 @@ def move(framework, case, folder) -> dict[str, np.ndarray]:
     bounds = np.concatenate([[0], np.cumsum(case["rows"])])
     mine = slice(int(bounds[framework.rank]), int(bounds[framework.rank + 1]))
     return framework.dispatch_combine(case, {name: values[mine] for name, values in given.items()})
+
+
+def disagree(framework, case, folder) -> dict[str, np.ndarray]:
+    """What each rank is told where the last one does as ``odd`` says."""
+    odd = case["odd"] if framework.rank == framework.size - 1 else {}
+    case = {**case, **odd}
+    try:
+        framework.open_call(case, problem(case))
+    except ValueError as error:
+        return {"error": np.array(str(error))}
+    return {"error": np.array("nothing")}
+
+
+def outside(framework, case, folder) -> dict[str, np.ndarray]:
+    """A group of rank 0 alone, and what the others are told who ask for its communicator."""
+    try:
+        comm = framework.communicator(framework.dist.new_group([0]))
+    except ValueError as error:
+        return {"error": np.array(str(error))}
+    return {"size": np.array(comm.size)}

@@ -88,8 +88,9 @@ def main():
     faulthandler.dump_traceback_later(settings["limit_s"], exit=True)
     framework = ep_frameworks.start(sys.argv[1])
     found = {}
+    kinds = {"movement": ep_movement.move, "disagreement": ep_movement.disagree, "outside": ep_movement.outside}
     for name, case in settings["cases"].items():
-        run = ep_movement.move if case["kind"] == "movement" else train
+        run = kinds.get(case["kind"], train)
         found |= {f"{name}/{key}": value for key, value in run(framework, case, folder).items()}
     np.savez(folder / f"rank{framework.rank}.npz", **found)
     framework.finish()

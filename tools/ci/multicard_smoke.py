@@ -43,13 +43,15 @@ def launcher(framework: str, ranks: int, logs: pathlib.Path) -> list[str]:
         command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--redirects", "3"]
         return [sys.executable, "-m", *command, "--log-dir", str(logs)]
     command = ["paddle.distributed.launch", "--nproc_per_node", str(ranks), "--host", "127.0.0.1"]
-    return [sys.executable, "-m", *command, "--log_dir", str(logs), *([] if _paddle_has_gpus() else ["--backend=gloo"])]
+    command += [] if _paddle_has_gpus(ranks) else ["--backend=gloo"]
+    return [sys.executable, "-m", *command, "--log_dir", str(logs)]
 
 
-def _paddle_has_gpus() -> bool:
+def _paddle_has_gpus(ranks: int) -> bool:
+    """As the worker asks: with fewer all ranks run on the CPU, where there is no NCCL."""
     import paddle
 
-    return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() >= ranks
 
 
 def alive(pid: int) -> bool:
