@@ -17,6 +17,7 @@ from ..gemm.plan import Plan
 from ..launch import make_current
 from ..quant.formats import QuantTensor
 from ..routing.metadata import Routing
+from .autocast import without_autocast
 from .fp8_payload import combine_gradient
 
 
@@ -55,7 +56,8 @@ class _ExpertMlp(PyLayer):
         call.x_version = _version(call.x)
         # Else Paddle casts an FP8 gradient to the type of out before anybody can see that it came without scales.
         ctx.set_grad_in_dtype_consistent(False)
-        out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
+        with without_autocast():
+            out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
         return out
 
     @staticmethod
@@ -68,7 +70,7 @@ class _ExpertMlp(PyLayer):
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
         if not isinstance(grad, QuantTensor) and checks.dtype_name(grad) != call.plan.storage:
             grad = grad.astype(call.plan.storage)
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             grads = expert_mlp.backward(
                 call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
             )
@@ -136,7 +138,7 @@ def _version(x) -> int:
 def run(x_on_tape, probs, call: ExpertCall):
     """out [T,H] on the tape. A call without anything to differentiate keeps nothing."""
     if not paddle.is_grad_enabled() or not call.need_backward:
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             out, _ = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=False)
         return out
     # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a

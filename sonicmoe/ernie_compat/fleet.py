@@ -19,6 +19,7 @@ from ..quant.api import quantize_weights
 from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
 from . import dispatch
+from .autocast import without_autocast
 from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
 from .fleet_config import resolve
 from .fp8_payload import weight_payload
@@ -84,7 +85,7 @@ def run_sonic_moe(
     plan = make_plan(config, kind, storage=storage, x_name="hidden_states", **dispatch.place_facts(hidden_states))
     _check_main_grads(w1, w2)
     make_current(hidden_states)
-    with paddle.no_grad():
+    with paddle.no_grad(), without_autocast():
         weights = _weights(w1, w2, hidden, intermediate, plan)
         routing = dispatch.route(topk_indices, topk_scores, counts, n_experts, plan, config, "topk_indices")
     train1, train2 = (not w1.stop_gradient,) * n_experts, (not w2.stop_gradient,) * n_experts
@@ -184,7 +185,7 @@ def _accumulate(point: str, weight, place, accumulate, experts1, experts2) -> No
     shape = [n_experts, a, b] if point == "w1" else list(_grouped_shape(weight))
 
     def run_wgrad():
-        with _main_grad_lock, paddle.no_grad():
+        with _main_grad_lock, paddle.no_grad(), without_autocast():
             if getattr(weight, "main_grad", None) is None:
                 weight.main_grad = paddle.zeros(shape, dtype="float32", device=place)
             accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, experts1, experts2))

@@ -6,6 +6,7 @@ import paddle
 
 from .. import checks
 from ..gemm.api import GradBuffers
+from .autocast import without_autocast
 from .weight_layout_fusion import fused_sonic_w1_to_grouped, fused_transpose_w2_layout
 from .weights import WeightStore
 
@@ -51,7 +52,7 @@ class GradAccumulator:
         """Run both weight gradients of one backward into the buffers. One backward at a time. ``check`` is called at
         the end, with what was added to: no flush comes in between."""
         store = self._store
-        with self._lock, paddle.no_grad():
+        with self._lock, paddle.no_grad(), without_autocast():
             e, h, i, f = store.n_experts, store.hidden_size, store.intermediate_size, store.width
             place = store.place_of().place
             if any(experts1) and self._dw1 is None:
@@ -70,7 +71,7 @@ class GradAccumulator:
 
     def flush(self) -> None:
         """Add everything to the weights' main_grad, in their layout, and start again from zero."""
-        with self._lock, paddle.no_grad():
+        with self._lock, paddle.no_grad(), without_autocast():
             for name, param, shape, _ in self._store.named():
                 require_main_grad(name, param, shape)
             # Converted first, added second: main_grad only ever changes by whole, converted sums.

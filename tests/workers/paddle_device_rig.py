@@ -217,6 +217,35 @@ def counters(device):
     assert waits(lambda: paddle.linalg.norm(x)) >= 1  # no kernel of its own: through the CPU
 
 
+@check
+def under_autocast(device):
+    """The layer chooses its types itself: with ``auto_cast`` on it gives the bits that it gives without."""
+    from gpu_paddle.problem import TINY, inputs
+
+    from sonicmoe.ernie_compat import fused_grouped_w1_to_sonic, fused_sonic_w1_to_grouped, fused_transpose_w2_layout
+
+    def narrowed():
+        return paddle.amp.auto_cast(level="O2", dtype="float16", use_promote=False)
+
+    value = drawn([4, 4, 4]) + 4097.0  # float16 has no 4097
+    there = value.to(device)
+    with narrowed():
+        assert paddle.stack([there, there]).dtype == paddle.float16, "auto_cast does nothing here"
+        for convert in (fused_grouped_w1_to_sonic, fused_sonic_w1_to_grouped, fused_transpose_w2_layout):
+            same(convert(there), convert(value), convert.__name__)
+    for recipe in ("bf16", "fp8_wgrad"):
+        for fused in (False, True):
+            wanted = rig.Layer(inputs(TINY), recipe, fused=fused, backend="naive").results()
+            layer = rig.Layer(inputs(TINY), recipe, fused=fused, backend="naive")
+            with narrowed():
+                out = layer.step()
+                layer.node.step()
+            assert layer.parameters()[0].main_grad.dtype == paddle.float32
+            found = {"out": rig.bits(out), "dx": rig.bits(layer.x.grad), "ds": rig.bits(layer.probs.grad)}
+            for name, value in (found | layer.weight_gradients()).items():
+                assert value.tobytes() == wanted[name].tobytes(), (recipe, fused, name)
+
+
 def empty(device):
     """No address to ask the driver about."""
     from sonicmoe import SonicMoEConfig
