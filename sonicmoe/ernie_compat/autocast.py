@@ -1,5 +1,5 @@
-"""What runs here chooses its types itself: ``paddle.amp.auto_cast`` would narrow the float32 sums between them, and with
-them ``main_grad``.
+"""What runs here chooses its types itself: ``paddle.amp.auto_cast`` would narrow the float32 sums in between, and
+``main_grad`` with them.
 """
 
 from contextlib import nullcontext

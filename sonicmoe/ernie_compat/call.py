@@ -20,6 +20,8 @@ from ..routing.metadata import Routing
 from .autocast import without_autocast
 from .fp8_payload import combine_gradient
 
+CHANGED = "x: it or its scales changed in place after forward, but backward needs them as they were; clone them first"
+
 
 @dataclass
 class ExpertCall:
@@ -36,7 +38,7 @@ class ExpertCall:
     on_wgrad: Callable  # (PendingWgrad, experts1, experts2, check) -> None, see ``_ExpertMlp.backward``
     combine_grad_handle: dict | None = None
     saved: Any = field(default=None, init=False)
-    x_version: int = field(default=0, init=False)
+    x_versions: tuple[int, ...] = field(default=(), init=False)
 
     @property
     def need_wgrad(self) -> bool:
@@ -53,7 +55,7 @@ class _ExpertMlp(PyLayer):
     @staticmethod
     def forward(ctx, x, probs, anchor, call: ExpertCall):
         ctx.call = call
-        call.x_version = _version(call.x)
+        call.x_versions = versions(call.x)
         # Else Paddle casts an FP8 gradient to the type of out before anybody can see that it came without scales.
         ctx.set_grad_in_dtype_consistent(False)
         with without_autocast():
@@ -63,8 +65,8 @@ class _ExpertMlp(PyLayer):
     @staticmethod
     def backward(ctx, dout):
         call = ctx.call
-        if _version(call.x) != call.x_version:
-            raise RuntimeError("x: changed in place after forward, but backward needs it as it was; clone it first")
+        if versions(call.x) != call.x_versions:
+            raise RuntimeError(CHANGED)
         n_rows, hidden = checks.shape_of(dout)
         make_current(dout)  # whatever thread this is
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
@@ -130,9 +132,10 @@ def require_gradient_carrier(name: str, x) -> None:
         )
 
 
-def _version(x) -> int:
-    """Paddle's count of the in-place changes of x."""
-    return (x.data if isinstance(x, QuantTensor) else x).inplace_version
+def versions(*values) -> tuple[int, ...]:
+    """Paddle's counts of the in-place changes of tensors and FP8 payloads."""
+    parts = [(value.data, value.scale) if isinstance(value, QuantTensor) else (value,) for value in values]
+    return tuple([tensor.inplace_version for part in parts for tensor in part])
 
 
 def run(x_on_tape, probs, call: ExpertCall):
