@@ -28,6 +28,9 @@ _FIXED = {"fuse_y1_bf16_trunc": False, "epilogue_quant": True, "save_z_fp8": Tru
 def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:
     """The configuration of one ``run_sonic_moe`` call. ``fp8`` decides whether FP8 is on; ``fp8_config`` how."""
     if isinstance(fp8_config, SonicMoEConfig):
+        # What the environment says yields to the argument; what the caller said must not be taken for done.
+        if fp8_config.use_fp8 != bool(fp8) and fp8_config.source_of("use_fp8") == "argument":
+            raise ValueError(f"fp8_config.use_fp8: got {fp8_config.use_fp8} with fp8={bool(fp8)}; need the same")
         return fp8_config.replace(use_fp8=bool(fp8))
     config = SonicMoEConfig.current().replace(use_fp8=bool(fp8))
     if fp8_config is None:

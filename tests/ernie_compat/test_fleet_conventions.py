@@ -16,7 +16,7 @@ from sonicmoe.ernie_compat import (
 from sonicmoe.ernie_compat.fleet_config import FleetFP8Config
 from sonicmoe.functional import set_wgrad_deferral_hook
 from tests.support.floors import BF16, assert_bf16, relative_error
-from tests.support.lifecycle import assert_same_bits, bits, fresh_results, series, together
+from tests.support.lifecycle import assert_same_bits, bits, fresh_results, host_bytes, series, together
 from tests.support.paddle_runs import array, expert_list, native_parameters, oracle, run_fleet, tensor
 from tests.support.problems import make_problem
 
@@ -98,6 +98,21 @@ def test_a_stale_copy_beside_live_storage_does_not_matter(name):
     assert_same_bits(Call(problem, weights, True, fp8_config=config).land().results(), expected)
     with paddle.no_grad():
         assert bits(Call(problem, weights).out) == bits(once(problem)["out"])
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["stale copies", "no copies"])
+@pytest.mark.parametrize("gone", [0, 1], ids=["w1", "w2"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_weight_emptied_and_the_other_alive(name, gone, stale):
+    """What is alive is read, whatever copies lie beside it."""
+    problem, config = make_problem(**SMALL), RECIPES[name]
+    expected = once(problem, True, fp8_config=config)
+    weights = with_copies(problem, config)
+    other = with_copies(make_problem(seed=9, **SMALL), config)[1 - gone]
+    alive = weights[1 - gone]
+    alive.fp8, alive.transposed_fp8 = (other.fp8, other.transposed_fp8) if stale else (None, None)
+    empty([weights[gone]])
+    assert_same_bits(Call(problem, weights, True, fp8_config=config).land().results(), expected)
 
 
 def test_storage_emptied_between_forward_and_backward():
@@ -264,6 +279,60 @@ def test_deferred_weight_gradients(name, taken, deferral):
         assert bits(weight.main_grad) == bits(expected[0][f"dw{number + 1}"] + expected[1][f"dw{number + 1}"])
 
 
+def deferred(problem, deferral):
+    """(call, its owed gradients) of a call whose backward has run."""
+    queue = []
+    deferral(lambda point, weight, run_wgrad: queue.append(run_wgrad) is None)
+    call = Call(problem, native_parameters(problem)).land()
+    deferral(None)
+    return call, queue
+
+
+def test_a_gradient_counts_once(deferral):
+    problem = make_problem(**SMALL)
+    call, queue = deferred(problem, deferral)
+    for run_wgrad in queue:
+        run_wgrad()
+        with pytest.raises(RuntimeError, match="^run_wgrad: called again for w[12]"):
+            run_wgrad()
+    assert_same_bits(call.results(), once(problem))
+    deferral(lambda point, weight, run_wgrad: run_wgrad())  # has run it, and says that it has not
+    with pytest.raises(Exception, match="run_wgrad: called again for w2"):
+        Call(problem, native_parameters(problem)).land()
+
+
+def test_activations_that_change_before_a_deferred_gradient(deferral):
+    call, queue = deferred(make_problem(**SMALL), deferral)
+    with paddle.no_grad():
+        call.x.zero_()
+    for run_wgrad in queue:
+        with pytest.raises(RuntimeError, match="^run_wgrad: x or the gradient of the output changed in place"):
+            run_wgrad()
+    assert [getattr(weight, "main_grad", None) for weight in call.weights] == [None, None]
+
+
+def test_what_is_owed_dies_when_it_is_done(deferral):
+    problem = make_problem(**SMALL)
+    call, queue = deferred(problem, deferral)
+    del call
+    before = host_bytes()
+    for run_wgrad in queue:
+        run_wgrad()
+    grads = 4 * (problem.w1.size + problem.w2.size)
+    assert host_bytes() - grads < before, "activations outlive the gradients that were made of them"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_main_grad_that_changes_behind_forward_is_looked_at_again(which):
+    problem = make_problem(**SMALL)
+    weights = native_parameters(problem)
+    call = Call(problem, weights)
+    weights[which].main_grad = paddle.zeros([3, 256, 128] if which == 0 else [3, 128, 128], dtype="bfloat16")
+    with pytest.raises(Exception, match=f"w{which + 1}.main_grad: got dtype bfloat16, need float32"):
+        call.land()
+    assert not array(weights[which].main_grad).any()
+
+
 def test_none_resets_the_deferral_hook(deferral):
     problem = make_problem(**SMALL)
     deferral(lambda *_: True)
@@ -315,13 +384,14 @@ def test_two_threads_on_the_same_parameters(given, deferral):
     weights = native_parameters(problems[0])
     queue = {"w1": [], "w2": []}
     deferral(lambda point, weight, run_wgrad: queue[point].append(run_wgrad) is None)
-    for problem in problems:
-        Call(problem, weights).land()
-    for name, weight, part in zip(("w1", "w2"), weights, ("dw1", "dw2"), strict=True):
-        total = bits(parts[0][part] + parts[1][part])
-        for number in range(40):
+    for number in range(40):
+        for problem in problems:
+            Call(problem, weights).land()
+        for name, weight, part in zip(("w1", "w2"), weights, ("dw1", "dw2"), strict=True):
             weight.main_grad = paddle.zeros(parts[0][part].shape) if given else None
-            together(*queue[name])
+            together(*queue.pop(name))
+            queue[name] = []
+            total = bits(parts[0][part] + parts[1][part])
             assert bits(weight.main_grad) == total, f"{name}, round {number}: a gradient is lost"
 
 

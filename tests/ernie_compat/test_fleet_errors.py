@@ -93,11 +93,19 @@ def test_weights_of_fleet(name, monkeypatch):
     refused(lambda: call_fleet(**changes()), kind, message)
 
 
+def without_memory(shape):
+    made = paddle.zeros(shape)
+    made._clear_data()
+    return made
+
+
 MAIN_GRADS = {
     "w1 grouped": ("w1", lambda: paddle.zeros([3, 128, 256]), ValueError, r"got shape \[3, 128, 256\], need \[3, 256"),
     "w2 native": ("w2", lambda: paddle.zeros([3, 128, 384]), ValueError, r"got shape \[3, 128, 384\], need \[3, 384, "),
     "bf16": ("w2", lambda: paddle.zeros([3, 384, 128], "bfloat16"), TypeError, "got dtype bfloat16, need float32"),
     "number": ("w1", lambda: 5, TypeError, "got int, need a tensor"),
+    "emptied": ("w1", lambda: without_memory([3, 256, 128]), ValueError, "got a tensor whose storage is empty, need"),
+    "view": ("w2", lambda: paddle.zeros([3, 128, 384]).transpose([0, 2, 1]), ValueError, "got a non-contiguous tensor"),
 }
 
 
@@ -128,6 +136,19 @@ def test_settings_of_a_foreign_config(name, monkeypatch):
     attributes, kind, message = FOREIGN[name]
     forbid_engine(monkeypatch)
     refused(lambda: call_fleet(fp8_config=types.SimpleNamespace(**attributes)), kind, message)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_config_that_says_the_opposite_of_fp8(fp8, monkeypatch):
+    """What the environment says is no contradiction: there the argument wins."""
+    monkeypatch.setenv("SONIC_MOE_FP8_MODE", "mem")
+    call_fleet(fp8=fp8, fp8_config=SonicMoEConfig())
+    monkeypatch.delenv("SONIC_MOE_FP8_MODE")
+    call_fleet(fp8=fp8, fp8_config=SonicMoEConfig())
+    forbid_engine(monkeypatch)
+    for config in (SonicMoEConfig(use_fp8=not fp8), SonicMoEConfig(fp8_mode=None if fp8 else "perf")):
+        message = f"^fp8_config.use_fp8: got {not fp8} with fp8={fp8}; need the same"
+        refused(lambda config=config: call_fleet(fp8=fp8, fp8_config=config), ValueError, message)
 
 
 # ---- Emptied weights and their FP8 copies ----------------------------------------------------------------------------
@@ -168,10 +189,20 @@ COPIES = {
         r"^w2.fp8\[1\]: got dtype float16, need float32 or uint8",
     ),
     "scale 2-d": (lambda: emptied(w2_fp8=lambda d, s: (d, s[0])), ValueError, r"^w2.fp8\[1\]: got shape \[1, 1\]"),
-    "scale rows": (lambda: emptied(w1_fp8=lambda d, s: (d, s[:, :1])), ValueError, r"w1.*\(256, 128\).*\(128, 128\)"),
+    "scale rows": (
+        lambda: emptied(w1_fp8=lambda d, s: (d, s[:, :1].clone())),
+        ValueError,
+        r"w1.*\(256, 128\).*\(128, 128\)",
+    ),
     "sm100 copies": (lambda: emptied("sm100"), ValueError, r"w1.* \(1, 32\) blocks with UE8M0 scales.*'sm90' needs"),
     "iso32 copies": (lambda: emptied("sm100", True), ValueError, r"w1.* \(32, 32\) blocks with UE8M0 .*'sm90' needs"),
-    "one emptied": (lambda: {"w1": emptied()["w1"]}, ValueError, "^w2: .*w2.fp8 is NoneType; need a pair"),
+    "a view": (
+        lambda: emptied(
+            w2_fp8=lambda d, s: (d.view("uint8").transpose([0, 2, 1]).view(d.dtype), s.transpose([0, 2, 1]))
+        ),
+        ValueError,
+        r"^w2.fp8\[0\]: got a non-contiguous tensor, need a contiguous one",
+    ),
 }
 
 
@@ -382,6 +413,15 @@ def test_fleet_weights_on_another_device(monkeypatch):
     monkeypatch.setattr(checks, "place_name", place)
     forbid_engine(monkeypatch)
     refused(through_fleet, ValueError, "^w1: got a tensor on gpu:1, need cpu, where hidden_states is")
+
+
+def test_a_main_grad_on_another_device(monkeypatch):
+    weights = dict(zip(("w1", "w2"), native_parameters(PROBLEM), strict=True))
+    weights["w2"].main_grad = away = paddle.zeros([3, 128, 128])
+    monkeypatch.setattr(checks, "place_name", lambda given: "gpu:1" if given is away else "cpu")
+    forbid_engine(monkeypatch)
+    message = "^w2.main_grad: got a tensor on gpu:1, need cpu, where the layer is"
+    refused(lambda: call_fleet(**weights), ValueError, message)
 
 
 @pytest.mark.parametrize("hook", [3, "hook", [print]])

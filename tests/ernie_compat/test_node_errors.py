@@ -348,11 +348,18 @@ def test_x_of_another_width():
     )
 
 
+def without_memory(shape):
+    made = paddle.zeros(shape)
+    made._clear_data()
+    return made
+
+
 MAIN_GRADS = {
     "shape": (lambda: paddle.zeros([128, 64]), ValueError, r"got shape \[128, 64\], need \[128, 128\]"),
     "flat": (lambda: paddle.zeros([128 * 128]), ValueError, r"got shape \[16384\], need \[128, 128\]"),
     "bf16": (lambda: paddle.zeros([128, 128], "bfloat16"), TypeError, "got dtype bfloat16, need float32"),
     "numpy": (lambda: np.zeros([128, 128], np.float32), TypeError, "got ndarray, need a tensor"),
+    "emptied": (lambda: without_memory([128, 128]), ValueError, "got a tensor whose storage is empty, need float32"),
 }
 
 
@@ -364,6 +371,7 @@ def test_node_main_grad(name):
     weight.main_grad = value()
     refused(step.node.step, kind, rf"^experts\[1\].down_proj.weight.main_grad: {message}")
     weight.main_grad = None
+    assert not weight_grads(step.experts), "some were added to before the error"
     step.finish()
 
 
