@@ -43,7 +43,7 @@ class WeightStore:
         self._experts = experts if self.fused else self._as_list(experts)
         self._lock = threading.Lock()
         self._copies: dict = {}  # (storage, recipe) -> ExpertWeights, all of the present epoch
-        self._on_device: dict[tuple, NativeCopies] = {}  # the same, where a GPU keeps them up to date
+        self._on_device: dict[tuple, NativeCopies] = {}  # the same by place too, where a GPU keeps them up to date
         self._fingerprint: bytes | None = None
         self._epoch = 0
         self.check()
@@ -130,7 +130,7 @@ class WeightStore:
             return self._copies[key]
 
     def _current_on_device(self, plan: Plan, params1: list, params2: list) -> ExpertWeights:
-        key = (plan.storage, plan.recipe)
+        key = (plan.storage, plan.recipe, checks.place_name(params1[0]))
         copies = self._on_device.get(key)
         if copies is None:
             copies = self._on_device[key] = NativeCopies(plan.storage, plan.recipe, self.n_experts, self.glu)
@@ -169,7 +169,7 @@ class WeightStore:
         """Drop the FP8 copies only."""
         with self._lock:
             self._copies = {key: copy for key, copy in self._copies.items() if key[1] is None}
-            for (_, recipe), copies in self._on_device.items():
+            for (_, recipe, _), copies in self._on_device.items():
                 if recipe is not None:
                     copies.drop()
 

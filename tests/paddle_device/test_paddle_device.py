@@ -61,7 +61,7 @@ def test_node(plugin, tmp_path):
 
 def test_weight_copies_of_a_gpu(plugin, tmp_path):
     """Made by the kernels, in Triton's interpreter."""
-    names = ["weights_that_change_in_flight"]
+    names = ["weights_that_change_in_flight", "weights_in_another_type"]
     options = ["--backend", "naive", "--tiny", "--recipes", "fp8", "--"]
     env = environment(plugin, triton_runs.triton_site(), TRITON_INTERPRET="1")
     done = children.python(INTERPRETED, *options, DEVICE, tmp_path, *names, env=env, timeout=400)

@@ -29,6 +29,7 @@ CASES = (
     "recompute",
     "weights_that_change",
     "weights_that_change_in_flight",
+    "weights_in_another_type",
     "adamw",
     "checkpoint",
     "two_streams",
