@@ -88,8 +88,30 @@ class _ExpertMlp(PyLayer):
                 call.on_wgrad(grads.wgrad, call.experts1, call.experts2, check)
             else:
                 check()
+        dx, ds = grads.dx, grads.ds
+        if paddle.is_grad_enabled():  # create_graph: somebody may want to differentiate these
+            dx, ds = (None if grad is None else _OnceOnly.apply(grad, _anchor()) for grad in (dx, ds))
         # None where an input's stop_gradient is set: Paddle insists. The anchor has served by making this run.
-        return grads.dx, grads.ds, None
+        return dx, ds, None
+
+
+class _OnceOnly(PyLayer):
+    """A gradient that has none of its own, where Paddle would take that for 0."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("experts: got a backward through their gradient, but they can be differentiated only once")
+
+
+def _anchor():
+    """An input of a PyLayer that wants a gradient: Paddle runs no backward where none does."""
+    anchor = paddle.zeros([1], dtype="float32")
+    anchor.stop_gradient = False
+    return anchor
 
 
 def needs_grad(tensor) -> bool:
@@ -144,11 +166,8 @@ def run(x_on_tape, probs, call: ExpertCall):
         with paddle.no_grad(), without_autocast():
             out, _ = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=False)
         return out
-    # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a
-    # backward, and Paddle runs one only if some input of the PyLayer wants a gradient.
-    anchor = paddle.zeros([1], dtype="float32")
-    anchor.stop_gradient = False
-    return _ExpertMlp.apply(x_on_tape, probs, anchor, call)
+    # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a backward.
+    return _ExpertMlp.apply(x_on_tape, probs, _anchor(), call)
 
 
 def storage_of(x) -> str:
