@@ -173,6 +173,10 @@ def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan, beside) -> Expe
         else:
             parts[name], parts[f"{name}_t"] = quantize_weight(made, plan.recipe, plan.backend)
     _check_blocks(parts, plan.recipe)
+    if plan.backend != "naive":  # kernels read them by their addresses
+        for name, payload in parts.items():
+            checks.require_contiguous(f"{name} FP8 copy", payload.data)
+            checks.require_contiguous(f"{name} FP8 copy's scales", payload.scale)
     return ExpertWeights(None, None, QuantWeights(**parts), hidden, intermediate)
 
 

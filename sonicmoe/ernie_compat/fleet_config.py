@@ -7,14 +7,18 @@ from ..config import SonicMoEConfig
 
 @dataclass
 class FleetFP8Config:
-    """Attributes that PaddleFleet sets (first group) and reads (second). ``None`` leaves the configuration's value."""
+    """Attributes that PaddleFleet sets (first group) and reads (second). ``None`` leaves the configuration's value.
+
+    PaddleFleet sets both ``fuse_y1`` switches, and nothing here depends on them: the activation is quantized where it
+    is made, from its float32 value and not from that value rounded to bf16, which is never nearer.
+    """
 
     enabled: bool | None = None
     fp8_wgrad: bool | None = None
     recompute_z: bool | None = None
     swiglu_clamp_value: float | None = None  # None and 0.0: no clamp
     fuse_y1_quant: bool = True
-    fuse_y1_bf16_trunc: bool = False
+    fuse_y1_bf16_trunc: bool = True
 
     epilogue_quant: bool = True
     save_z_fp8: bool = True
@@ -22,7 +26,7 @@ class FleetFP8Config:
 
 
 # What the layer always does; asking for the opposite must not be taken for done.
-_FIXED = {"fuse_y1_bf16_trunc": False, "epilogue_quant": True, "save_z_fp8": True, "fused_gated": True}
+_FIXED = {"epilogue_quant": True, "save_z_fp8": True, "fused_gated": True}
 
 
 def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:

@@ -128,6 +128,4 @@ def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...], be
             given = list(checks.shape_of(scale))
             raise ValueError(f"{name}.{attribute}[1]: got shape {given}, which tiles no {list(shape)}")
         blocks.append(shape[dim] // count)
-    for number, part in enumerate(pair):
-        checks.require_contiguous(f"{name}.{attribute}[{number}]", part)  # kernels read it by its address
     return QuantTensor(data, scale, (blocks[0], blocks[1]))

@@ -2,14 +2,21 @@
 either entry point."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import paddle
 import pytest
 
 from sonicmoe import SonicMoEConfig, checks
-from sonicmoe.ernie_compat import quantize_activation_blockscaled_fast, quantize_native_fp8_weights, run_sonic_moe
+from sonicmoe.ernie_compat import (
+    fleet,
+    quantize_activation_blockscaled_fast,
+    quantize_native_fp8_weights,
+    run_sonic_moe,
+)
 from sonicmoe.functional import set_wgrad_deferral_hook
+from sonicmoe.gemm.plan import make_plan
 from tests.support.lifecycle import Flight, assert_same_bits, bits, forbid_engine, fresh_results, refused, weight_grads
 from tests.support.paddle_runs import expert_list, forward_node, make_node, native_parameters, tensor
 from tests.support.problems import make_problem
@@ -124,7 +131,6 @@ FOREIGN = {
     "epilogue_quant": ({"epilogue_quant": False}, ValueError, "^fp8_config.epilogue_quant: got False, need True"),
     "save_z_fp8": ({"save_z_fp8": False}, ValueError, "^fp8_config.save_z_fp8: got False, need True"),
     "fused_gated": ({"fused_gated": False}, ValueError, "^fp8_config.fused_gated: got False, need True"),
-    "trunc": ({"fuse_y1_bf16_trunc": True}, ValueError, "^fp8_config.fuse_y1_bf16_trunc: got True, need False"),
     "clamp negative": ({"swiglu_clamp_value": -1.0}, ValueError, "swiglu_clamp.*: got -1.0, need"),
     "clamp nan": ({"swiglu_clamp_value": float("nan")}, ValueError, "swiglu_clamp.*: got nan, need"),
     "clamp text": ({"swiglu_clamp_value": "seven"}, TypeError, "swiglu_clamp.*: got 'seven', need"),
@@ -196,13 +202,6 @@ COPIES = {
     ),
     "sm100 copies": (lambda: emptied("sm100"), ValueError, r"w1.* \(1, 32\) blocks with UE8M0 scales.*'sm90' needs"),
     "iso32 copies": (lambda: emptied("sm100", True), ValueError, r"w1.* \(32, 32\) blocks with UE8M0 .*'sm90' needs"),
-    "a view": (
-        lambda: emptied(
-            w2_fp8=lambda d, s: (d.view("uint8").transpose([0, 2, 1]).view(d.dtype), s.transpose([0, 2, 1]))
-        ),
-        ValueError,
-        r"^w2.fp8\[0\]: got a non-contiguous tensor, need a contiguous one",
-    ),
 }
 
 
@@ -212,6 +211,16 @@ def test_fp8_copies(name, monkeypatch):
     weights = weights()
     forbid_engine(monkeypatch)
     refused(lambda: call_fleet(fp8=True, **weights), kind, message)
+
+
+def test_a_view_of_a_copy_where_kernels_read_by_address():
+    weights = emptied(w2_transposed_fp8=lambda d, s: (d.transpose([0, 2, 1]), s))
+    plan = make_plan(SonicMoEConfig(use_fp8=True), "swiglu", storage="bfloat16", device="cpu")
+    on_a_gpu = replace(plan, backend="sm90_fp8")
+    given = (weights["w1"], weights["w2"], 128, 128)
+    fleet._weights(*given, plan, tensor(PROBLEM.x))
+    message = "^w2_t FP8 copy: got a non-contiguous tensor, need a contiguous one"
+    refused(lambda: fleet._weights(*given, on_a_gpu, tensor(PROBLEM.x)), ValueError, message)
 
 
 def test_iso32_is_asked_for_and_1x32_is_given(monkeypatch):
