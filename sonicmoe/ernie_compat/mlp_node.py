@@ -163,6 +163,7 @@ class SonicMoEMlpNode:
             raise ValueError("prequantize_weights: FP8 is off in this configuration; set SONIC_MOE_FP8_MODE or use_fp8")
         weight = checks.dtype_name(self._store.place_of())
         storage = "bfloat16" if weight == "float32" else weight
+        make_current(self._store.place_of())
         with paddle.no_grad(), without_autocast():
             self._store.current(self._plan(storage, config))
 
@@ -180,6 +181,7 @@ class SonicMoEMlpNode:
         config = self._config()
         plan = self._plan(storage, config)
         topk = min(topk, e)
+        make_current(self._store.place_of())
         with paddle.no_grad(), without_autocast():
             x = paddle.zeros([n_tokens, h], dtype=storage, device=place)
             slot = paddle.arange(n_tokens * topk, dtype="int32").reshape([n_tokens, topk]) % e

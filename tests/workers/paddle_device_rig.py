@@ -175,6 +175,25 @@ def layer_on_another_device(device):
 
 
 @check
+def copies_on_another_device(device):
+    """Weight copies are made where the weights are, whichever device is current and whoever asks for them."""
+    from gpu_paddle.problem import TINY, inputs
+
+    from sonicmoe import cuda_driver
+
+    paddle.set_device(device.partition(":")[0] + ":1")
+    node = rig.Layer(inputs(TINY), "fp8", backend="naive").node
+    made_on, make = [], node._store._make
+    node._store._make = lambda plan: (made_on.append(cuda_driver.current_device()), make(plan))[1]
+    for ask in (node.prequantize_weights, node.warmup):
+        node.invalidate_caches()
+        paddle.set_device(device)
+        paddle.zeros([2])
+        ask()
+    assert made_on == [1, 1], made_on
+
+
+@check
 def streams_and_events(device):
     from sonicmoe.launch import current_stream
 
