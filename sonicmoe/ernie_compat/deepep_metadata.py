@@ -51,7 +51,7 @@ def _routing(indices, probs, tokens_per_expert, E, device, block, scales):
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
     with paddle.no_grad(), without_autocast():
         routing = metadata.build(
-            indices.detach(), probs.detach(), n_experts, block, SonicMoEConfig.current(), counts, scales
+            indices.detach(), probs.detach(), n_experts, block, SonicMoEConfig.current(), counts, scales, "indices"
         )
     return routing
 
