@@ -119,6 +119,16 @@ def needs_grad(tensor) -> bool:
     return paddle.is_grad_enabled() and not tensor.stop_gradient
 
 
+def require_leaf(name: str, weight) -> None:
+    """A weight's gradient goes to its main_grad and not down the tape: whatever it was computed from would never see
+    any."""
+    if needs_grad(weight) and not weight.is_leaf:
+        raise ValueError(
+            f"{name}: got a tensor that was made from others on the tape, need a leaf: the gradient goes to its own "
+            "main_grad, and theirs would be lost; detach it, or compute it under no_grad"
+        )
+
+
 class _WiderGradient(PyLayer):
     """An e4m3 tensor whose gradient, 1024 in bf16, e4m3 cannot hold."""
 

@@ -20,7 +20,7 @@ from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
 from . import dispatch
 from .autocast import without_autocast
-from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of, versions
+from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of, versions
 from .fleet_config import resolve
 from .fp8_payload import weight_payload
 from .main_grad import require_main_grad
@@ -73,6 +73,7 @@ def run_sonic_moe(
     for name, weight in (("w1", w1), ("w2", w2)):
         checks.require_tensor(name, weight)
         checks.require_dtype(name, weight, checks.FLOAT_DTYPES if name == "w1" else (checks.dtype_name(w1),))
+        require_leaf(name, weight)
         if not is_emptied(weight):  # a tensor without storage has no place either
             checks.require_same_place(name, weight, "hidden_states", hidden_states)
     intermediate = _check_weights(w1, w2, n_experts, hidden, kind)

@@ -15,7 +15,7 @@ from ..gemm.plan import Plan, make_plan
 from ..launch import make_current, raw_stream
 from . import dispatch
 from .autocast import without_autocast
-from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
+from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of
 from .main_grad import GradAccumulator
 from .weights import WeightStore
 
@@ -107,6 +107,8 @@ class SonicMoEMlpNode:
                 dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config, "dispatched_indices"
             )
             weights = self._store.current(plan)
+        for name, param, _, _ in self._store.named():
+            require_leaf(name, param)
         experts1, experts2 = self._store.trainable()
         call = ExpertCall(
             x=engine_x,

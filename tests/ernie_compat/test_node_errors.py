@@ -332,6 +332,23 @@ def test_fused_weights_in_the_wrong_layout():
     )
 
 
+def test_a_weight_that_the_tape_made_of_others():
+    """Its own main_grad would get the gradient, and be gone with it."""
+    parts = dict(zip(("w1", "w2"), native_parameters(PROBLEM, dtype="float32"), strict=True))
+    for name, leaf in parts.items():
+        given = fleet_arguments(**{name: leaf.astype("bfloat16")})
+        message = f"^{name}: got a tensor that was made from others on the tape, need a leaf"
+        refused(lambda given=given: run_sonic_moe(**given), ValueError, message)
+    up, made = expert_list(PROBLEM)[2].up_gate_proj.weight, parts["w2"][0].t().astype("bfloat16")
+    node = make_node(
+        PROBLEM, [*expert_list(PROBLEM)[:2], types.SimpleNamespace(up_gate_proj=holder(up), down_proj=holder(made))]
+    )
+    message = r"^experts\[2\].down_proj.weight: got a tensor that was made from others"
+    refused(lambda: forward_node(node, PROBLEM), ValueError, message)
+    with paddle.no_grad():
+        forward_node(node, PROBLEM)
+
+
 def test_emptied_storage_of_a_nodes_weight():
     experts = expert_list(PROBLEM)
     node = make_node(PROBLEM, experts)
