@@ -367,7 +367,8 @@ class SonicMoEConfig(HashedOnce):
         """Make this the config that ``current()`` returns inside the ``with`` block, in this thread only.
 
         Autograd may run backward in a thread of its own, after the block has ended: take ``current()`` once in
-        forward and keep it for backward.
+        forward and keep it for backward. A forward that recompute runs again is run by backward as well, so there the
+        node itself must have its config.
         """
         token = _active.set(self)
         try:

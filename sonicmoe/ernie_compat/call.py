@@ -17,7 +17,10 @@ from ..gemm.plan import Plan
 from ..launch import make_current
 from ..quant.formats import QuantTensor
 from ..routing.metadata import Routing
+from .autocast import without_autocast
 from .fp8_payload import combine_gradient
+
+CHANGED = "x: it or its scales changed in place after forward, but backward needs them as they were; clone them first"
 
 
 @dataclass
@@ -35,7 +38,7 @@ class ExpertCall:
     on_wgrad: Callable  # (PendingWgrad, experts1, experts2, check) -> None, see ``_ExpertMlp.backward``
     combine_grad_handle: dict | None = None
     saved: Any = field(default=None, init=False)
-    x_version: int = field(default=0, init=False)
+    x_versions: tuple[int, ...] = field(default=(), init=False)
 
     @property
     def need_wgrad(self) -> bool:
@@ -52,23 +55,24 @@ class _ExpertMlp(PyLayer):
     @staticmethod
     def forward(ctx, x, probs, anchor, call: ExpertCall):
         ctx.call = call
-        call.x_version = _version(call.x)
+        call.x_versions = versions(call.x)
         # Else Paddle casts an FP8 gradient to the type of out before anybody can see that it came without scales.
         ctx.set_grad_in_dtype_consistent(False)
-        out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
+        with without_autocast():
+            out, call.saved = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=call.need_backward)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         call = ctx.call
-        if _version(call.x) != call.x_version:
-            raise RuntimeError("x: changed in place after forward, but backward needs it as it was; clone it first")
+        if versions(call.x) != call.x_versions:
+            raise RuntimeError(CHANGED)
         n_rows, hidden = checks.shape_of(dout)
         make_current(dout)  # whatever thread this is
         grad = combine_gradient(call.combine_grad_handle, dout, n_rows, hidden)
         if not isinstance(grad, QuantTensor) and checks.dtype_name(grad) != call.plan.storage:
             grad = grad.astype(call.plan.storage)
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             grads = expert_mlp.backward(
                 call.saved, grad, need_dx=call.need_dx, need_ds=call.need_ds, need_wgrad=call.need_wgrad
             )
@@ -84,13 +88,45 @@ class _ExpertMlp(PyLayer):
                 call.on_wgrad(grads.wgrad, call.experts1, call.experts2, check)
             else:
                 check()
+        dx, ds = grads.dx, grads.ds
+        if paddle.is_grad_enabled():  # create_graph: somebody may want to differentiate these
+            dx, ds = (None if grad is None else _OnceOnly.apply(grad, _anchor()) for grad in (dx, ds))
         # None where an input's stop_gradient is set: Paddle insists. The anchor has served by making this run.
-        return grads.dx, grads.ds, None
+        return dx, ds, None
+
+
+class _OnceOnly(PyLayer):
+    """A gradient that has none of its own, where Paddle would take that for 0."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("experts: got a backward through their gradient, but they can be differentiated only once")
+
+
+def _anchor():
+    """An input of a PyLayer that wants a gradient: Paddle runs no backward where none does."""
+    anchor = paddle.zeros([1], dtype="float32")
+    anchor.stop_gradient = False
+    return anchor
 
 
 def needs_grad(tensor) -> bool:
     """Asked outside ``apply``: inside it Paddle does not tell the truth."""
     return paddle.is_grad_enabled() and not tensor.stop_gradient
+
+
+def require_leaf(name: str, weight) -> None:
+    """A weight's gradient goes to its main_grad and not down the tape: whatever it was computed from would never see
+    any."""
+    if needs_grad(weight) and not weight.is_leaf:
+        raise ValueError(
+            f"{name}: got a tensor that was made from others on the tape, need a leaf: the gradient goes to its own "
+            "main_grad, and theirs would be lost; detach it, or compute it under no_grad"
+        )
 
 
 class _WiderGradient(PyLayer):
@@ -128,22 +164,20 @@ def require_gradient_carrier(name: str, x) -> None:
         )
 
 
-def _version(x) -> int:
-    """Paddle's count of the in-place changes of x."""
-    return (x.data if isinstance(x, QuantTensor) else x).inplace_version
+def versions(*values) -> tuple[int, ...]:
+    """Paddle's counts of the in-place changes of tensors and FP8 payloads."""
+    parts = [(value.data, value.scale) if isinstance(value, QuantTensor) else (value,) for value in values]
+    return tuple([tensor.inplace_version for part in parts for tensor in part])
 
 
 def run(x_on_tape, probs, call: ExpertCall):
     """out [T,H] on the tape. A call without anything to differentiate keeps nothing."""
     if not paddle.is_grad_enabled() or not call.need_backward:
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             out, _ = expert_mlp.forward(call.x, call.routing, call.weights, call.plan, keep=False)
         return out
-    # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a
-    # backward, and Paddle runs one only if some input of the PyLayer wants a gradient.
-    anchor = paddle.zeros([1], dtype="float32")
-    anchor.stop_gradient = False
-    return _ExpertMlp.apply(x_on_tape, probs, anchor, call)
+    # Trainable experts behind inputs without gradient (a frozen router on the first layer) must still see a backward.
+    return _ExpertMlp.apply(x_on_tape, probs, _anchor(), call)
 
 
 def storage_of(x) -> str:

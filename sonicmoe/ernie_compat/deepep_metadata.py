@@ -6,6 +6,7 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..launch import make_current
 from ..routing import metadata
+from .autocast import without_autocast
 from .dispatch import check_topk
 from .fp8_payload import packed_scale_words
 
@@ -50,9 +51,9 @@ def _routing(indices, probs, tokens_per_expert, E, device, block, scales):
             raise ValueError(f"device: got {device}, need {found}, where indices is")
     counts = None if tokens_per_expert is None else checks.host_counts(tokens_per_expert, n_experts)
     make_current(indices)
-    with paddle.no_grad():
+    with paddle.no_grad(), without_autocast():
         routing = metadata.build(
-            indices.detach(), probs.detach(), n_experts, block, SonicMoEConfig.current(), counts, scales
+            indices.detach(), probs.detach(), n_experts, block, SonicMoEConfig.current(), counts, scales, "indices"
         )
     return routing
 

@@ -15,11 +15,12 @@ from ..enums import ActivationType, is_glu
 from ..gemm.api import ExpertWeights, GradBuffers
 from ..gemm.plan import Plan, make_plan
 from ..launch import make_current
-from ..quant.api import quantize_weights
+from ..quant.api import quantize_weight, quantize_weights
 from ..quant.formats import QuantWeights
 from ..wgrad_deferral import offer_wgrad
 from . import dispatch
-from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
+from .autocast import without_autocast
+from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of, versions
 from .fleet_config import resolve
 from .fp8_payload import weight_payload
 from .main_grad import require_main_grad
@@ -72,6 +73,7 @@ def run_sonic_moe(
     for name, weight in (("w1", w1), ("w2", w2)):
         checks.require_tensor(name, weight)
         checks.require_dtype(name, weight, checks.FLOAT_DTYPES if name == "w1" else (checks.dtype_name(w1),))
+        require_leaf(name, weight)
         if not is_emptied(weight):  # a tensor without storage has no place either
             checks.require_same_place(name, weight, "hidden_states", hidden_states)
     intermediate = _check_weights(w1, w2, n_experts, hidden, kind)
@@ -82,18 +84,21 @@ def run_sonic_moe(
     storage = storage_of(x)
     checks.require_layer_sizes(hidden, intermediate, storage, config.use_fp8)
     plan = make_plan(config, kind, storage=storage, x_name="hidden_states", **dispatch.place_facts(hidden_states))
-    _check_main_grads(w1, w2)
+    for point, weight in (("w1", w1), ("w2", w2)):
+        _check_main_grad(point, weight, hidden_states)
     make_current(hidden_states)
-    with paddle.no_grad():
-        weights = _weights(w1, w2, hidden, intermediate, plan)
+    with paddle.no_grad(), without_autocast():
+        weights = _weights(w1, w2, hidden, intermediate, plan, hidden_states)
         routing = dispatch.route(topk_indices, topk_scores, counts, n_experts, plan, config, "topk_indices")
     train1, train2 = (not w1.stop_gradient,) * n_experts, (not w2.stop_gradient,) * n_experts
 
     place = hidden_states.place
 
     def on_wgrad(wgrad, experts1, experts2, _):  # these weights are watched by nobody: the caller keeps them
-        _accumulate("w2", w2, place, wgrad.accumulate_dw2, experts1, experts2)
-        _accumulate("w1", w1, place, wgrad.accumulate_dw1, experts1, experts2)
+        if any(experts2):
+            _accumulate(_OwedGradient("w2", w2, place, wgrad, wgrad.accumulate_dw2, (experts1, experts2)))
+        if any(experts1):
+            _accumulate(_OwedGradient("w1", w1, place, wgrad, wgrad.accumulate_dw1, (experts1, experts2)))
         if release_fp8_weights:
             _release(w1, w2)
 
@@ -136,63 +141,94 @@ def _check_weights(w1, w2, n_experts: int, hidden: int, kind: ActivationType) ->
     )
 
 
-def _grouped_shape(w2) -> tuple[int, int, int]:
-    experts, hidden, intermediate = checks.shape_of(w2)
-    return experts, intermediate, hidden
+def _main_grad_shape(point: str, weight) -> tuple[int, int, int]:
+    """That of w2 stays grouped."""
+    experts, rows, columns = checks.shape_of(weight)
+    return (experts, rows, columns) if point == "w1" else (experts, columns, rows)
 
 
-def _check_main_grads(w1, w2) -> None:
-    require_main_grad("w1", w1, checks.shape_of(w1))
-    require_main_grad("w2", w2, _grouped_shape(w2))
+def _check_main_grad(point: str, weight, beside) -> None:
+    require_main_grad(point, weight, _main_grad_shape(point, weight), beside)
+    if getattr(weight, "main_grad", None) is not None:
+        checks.require_contiguous(f"{point}.main_grad", weight.main_grad)  # kernels write it by its address
 
 
-def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan) -> ExpertWeights:
-    """The bf16 storage where there is one, for it cannot be stale; else the caller's FP8 copies."""
+def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan, beside) -> ExpertWeights:
+    """Of each weight the bf16 storage where there is one, for it cannot be stale; else the caller's FP8 copies."""
     emptied = [name for name, weight in (("w1", w1), ("w2", w2)) if is_emptied(weight)]
+    w1_EFH, w2_EHI = (None if is_emptied(w) else w.detach().astype(plan.storage) for w in (w1, w2))
+    if plan.recipe is None:
+        if emptied:
+            raise ValueError(f"{emptied[0]}: its bf16 storage is empty and fp8 is False; need the bf16 weights")
+        return ExpertWeights(w1_EFH, w2_EHI, None, hidden, intermediate)
     if not emptied:
-        w1_EFH, w2_EHI = (w.detach().astype(plan.storage) for w in (w1, w2))
-        if plan.recipe is None:
-            return ExpertWeights(w1_EFH, w2_EHI, None, hidden, intermediate)
         fp8 = quantize_weights(w1_EFH, w2_EHI, plan.recipe, plan.backend)
         return ExpertWeights(None, None, fp8, hidden, intermediate)
-    if plan.recipe is None:
-        raise ValueError(f"{emptied[0]}: its bf16 storage is empty and fp8 is False; need the bf16 weights")
     n_experts, width, _ = checks.shape_of(w1)
-    fp8 = QuantWeights(
-        w1=weight_payload(w1, "fp8", "w1", (n_experts, width, hidden)),
-        w2=weight_payload(w2, "fp8", "w2", (n_experts, hidden, intermediate)),
-        w1_t=weight_payload(w1, "transposed_fp8", "w1", (n_experts, hidden, width)),
-        w2_t=weight_payload(w2, "transposed_fp8", "w2", (n_experts, intermediate, hidden)),
-    )
-    wanted = (plan.recipe.weight_block, plan.recipe.ue8m0)
+    parts = {}
+    for name, weight, made, size in (("w1", w1, w1_EFH, (width, hidden)), ("w2", w2, w2_EHI, (hidden, intermediate))):
+        if made is None:
+            shape, swapped = (n_experts, *size), (n_experts, *reversed(size))
+            parts[name] = weight_payload(weight, "fp8", name, shape, beside)
+            parts[f"{name}_t"] = weight_payload(weight, "transposed_fp8", name, swapped, beside)
+        else:
+            parts[name], parts[f"{name}_t"] = quantize_weight(made, plan.recipe, plan.backend)
+    _check_blocks(parts, plan.recipe)
+    if plan.backend != "naive":  # kernels read them by their addresses
+        for name, payload in parts.items():
+            checks.require_contiguous(f"{name} FP8 copy", payload.data)
+            checks.require_contiguous(f"{name} FP8 copy's scales", payload.scale)
+    return ExpertWeights(None, None, QuantWeights(**parts), hidden, intermediate)
+
+
+def _check_blocks(parts: dict, recipe) -> None:
+    wanted = (recipe.weight_block, recipe.ue8m0)
     for name in ("w1", "w1_t", "w2", "w2_t"):
-        payload = getattr(fp8, name)
+        payload = parts[name]
         found = (payload.block, checks.dtype_name(payload.scale) == "uint8")
         if found != wanted:
             raise ValueError(
                 f"{name} FP8 copy: got {found[0]} blocks with {'UE8M0' if found[1] else 'float32'} scales, but recipe "
-                f"{plan.recipe.name!r} needs {wanted[0]} blocks with {'UE8M0' if wanted[1] else 'float32'} scales"
+                f"{recipe.name!r} needs {wanted[0]} blocks with {'UE8M0' if wanted[1] else 'float32'} scales"
             )
-    return ExpertWeights(None, None, fp8, hidden, intermediate)
 
 
-def _accumulate(point: str, weight, place, accumulate, experts1, experts2) -> None:
-    """One weight's gradient into its main_grad, then its backward hook: a reducer must find the whole sum there."""
-    if not any(experts1 if point == "w1" else experts2):
-        return
-    n_experts, a, b = checks.shape_of(weight)
-    shape = [n_experts, a, b] if point == "w1" else list(_grouped_shape(weight))
+class _OwedGradient:
+    """One weight's gradient, to be added to its main_grad once, now or when a pipeline says so."""
 
-    def run_wgrad():
-        with _main_grad_lock, paddle.no_grad():
+    def __init__(self, point: str, weight, place, wgrad, accumulate, experts):
+        self.point, self.weight, self.place = point, weight, place
+        self._experts = experts
+        self._work = wgrad, accumulate  # None once it is done: whoever keeps this keeps no activations
+        self._versions = versions(wgrad.saved_x, wgrad.dout)
+
+    def __call__(self) -> None:
+        with _main_grad_lock, paddle.no_grad(), without_autocast():
+            if self._work is None:
+                raise RuntimeError(f"run_wgrad: called again for {self.point}, whose gradient would count twice")
+            wgrad, accumulate = self._work
+            if versions(wgrad.saved_x, wgrad.dout) != self._versions:
+                raise RuntimeError(
+                    f"run_wgrad: x or the gradient of the output changed in place after backward, but that of "
+                    f"{self.point} was still to be computed from them; clone them first"
+                )
+            weight = self.weight
+            make_current(wgrad.routing.expert_offset)
             if getattr(weight, "main_grad", None) is None:
-                weight.main_grad = paddle.zeros(shape, dtype="float32", device=place)
-            accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, experts1, experts2))
+                shape = list(_main_grad_shape(self.point, weight))
+                weight.main_grad = paddle.zeros(shape, dtype="float32", device=self.place)
+            else:  # another one than at forward, maybe
+                _check_main_grad(self.point, weight, wgrad.routing.expert_offset)
+            accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, *self._experts))
+            self._work = None
 
-    if offer_wgrad(point, weight, run_wgrad):
+
+def _accumulate(owed: _OwedGradient) -> None:
+    """One weight's gradient into its main_grad, then its backward hook: a reducer must find the whole sum there."""
+    if offer_wgrad(owed.point, owed.weight, owed):
         return
-    run_wgrad()
-    fire = getattr(weight, "_apply_backward_hook", None)
+    owed()
+    fire = getattr(owed.weight, "_apply_backward_hook", None)
     if fire is not None:
         fire()
 

@@ -7,14 +7,18 @@ from ..config import SonicMoEConfig
 
 @dataclass
 class FleetFP8Config:
-    """Attributes that PaddleFleet sets (first group) and reads (second). ``None`` leaves the configuration's value."""
+    """Attributes that PaddleFleet sets (first group) and reads (second). ``None`` leaves the configuration's value.
+
+    PaddleFleet sets both ``fuse_y1`` switches, and nothing here depends on them: the activation is quantized where it
+    is made, from its float32 value and not from that value rounded to bf16, which is never nearer.
+    """
 
     enabled: bool | None = None
     fp8_wgrad: bool | None = None
     recompute_z: bool | None = None
     swiglu_clamp_value: float | None = None  # None and 0.0: no clamp
     fuse_y1_quant: bool = True
-    fuse_y1_bf16_trunc: bool = False
+    fuse_y1_bf16_trunc: bool = True
 
     epilogue_quant: bool = True
     save_z_fp8: bool = True
@@ -22,12 +26,15 @@ class FleetFP8Config:
 
 
 # What the layer always does; asking for the opposite must not be taken for done.
-_FIXED = {"fuse_y1_bf16_trunc": False, "epilogue_quant": True, "save_z_fp8": True, "fused_gated": True}
+_FIXED = {"epilogue_quant": True, "save_z_fp8": True, "fused_gated": True}
 
 
 def resolve(fp8: bool, fp8_config) -> SonicMoEConfig:
     """The configuration of one ``run_sonic_moe`` call. ``fp8`` decides whether FP8 is on; ``fp8_config`` how."""
     if isinstance(fp8_config, SonicMoEConfig):
+        # What the environment says yields to the argument; what the caller said must not be taken for done.
+        if fp8_config.use_fp8 != bool(fp8) and fp8_config.source_of("use_fp8") == "argument":
+            raise ValueError(f"fp8_config.use_fp8: got {fp8_config.use_fp8} with fp8={bool(fp8)}; need the same")
         return fp8_config.replace(use_fp8=bool(fp8))
     config = SonicMoEConfig.current().replace(use_fp8=bool(fp8))
     if fp8_config is None:

@@ -106,7 +106,7 @@ def combine_gradient(handle, dout, n_rows: int, hidden: int):
     return dout
 
 
-def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...]) -> QuantTensor:
+def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...], beside) -> QuantTensor:
     """``weight.fp8`` or ``weight.transposed_fp8``: e4m3 data of ``shape``; its block is read off the scales' shape."""
     pair = getattr(weight, attribute, None)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -117,6 +117,7 @@ def weight_payload(weight, attribute: str, name: str, shape: tuple[int, ...]) ->
     data, scale = pair
     for number, part in enumerate(pair):
         checks.require_tensor(f"{name}.{attribute}[{number}]", part)
+        checks.require_same_place(f"{name}.{attribute}[{number}]", part, "hidden_states", beside)
     checks.require_dtype(f"{name}.{attribute}[0]", data, (checks.FP8_DTYPE,))
     checks.require_shape(f"{name}.{attribute}[0]", data, shape, "native layout")
     checks.require_dtype(f"{name}.{attribute}[1]", scale, ("float32", "uint8"))

@@ -6,17 +6,22 @@ import paddle
 
 from .. import checks
 from ..gemm.api import GradBuffers
+from .autocast import without_autocast
 from .weight_layout_fusion import fused_sonic_w1_to_grouped, fused_transpose_w2_layout
-from .weights import WeightStore
+from .weights import WeightStore, is_emptied
 
 
-def require_main_grad(name: str, param, shape) -> None:
-    """An existing main_grad must be fp32 of the right shape: adding to anything else would be a silent loss."""
+def require_main_grad(name: str, param, shape, beside) -> None:
+    """An existing main_grad must be fp32 of the right shape, with memory where ``beside`` is: adding to anything else
+    would be a silent loss, or an error that comes when others have been added to already."""
     grad = getattr(param, "main_grad", None)
     if grad is not None:
         checks.require_tensor(f"{name}.main_grad", grad)
         checks.require_shape(f"{name}.main_grad", grad, shape, "the weight's layout")
         checks.require_dtype(f"{name}.main_grad", grad, ("float32",))
+        if is_emptied(grad):
+            raise ValueError(f"{name}.main_grad: got a tensor whose storage is empty, need float32 memory, or None")
+        checks.require_same_place(f"{name}.main_grad", grad, "the layer", beside)
 
 
 def add_to_main_grad(param, grad) -> None:
@@ -51,7 +56,7 @@ class GradAccumulator:
         """Run both weight gradients of one backward into the buffers. One backward at a time. ``check`` is called at
         the end, with what was added to: no flush comes in between."""
         store = self._store
-        with self._lock, paddle.no_grad():
+        with self._lock, paddle.no_grad(), without_autocast():
             e, h, i, f = store.n_experts, store.hidden_size, store.intermediate_size, store.width
             place = store.place_of().place
             if any(experts1) and self._dw1 is None:
@@ -70,9 +75,9 @@ class GradAccumulator:
 
     def flush(self) -> None:
         """Add everything to the weights' main_grad, in their layout, and start again from zero."""
-        with self._lock, paddle.no_grad():
+        with self._lock, paddle.no_grad(), without_autocast():
             for name, param, shape, _ in self._store.named():
-                require_main_grad(name, param, shape)
+                require_main_grad(name, param, shape, self._store.place_of())
             # Converted first, added second: main_grad only ever changes by whole, converted sums.
             grouped1 = grouped2 = None
             if any(self._touched1):

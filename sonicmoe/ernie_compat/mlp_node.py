@@ -14,7 +14,8 @@ from ..enums import ActivationType
 from ..gemm.plan import Plan, make_plan
 from ..launch import make_current, raw_stream
 from . import dispatch
-from .call import ExpertCall, needs_grad, require_gradient_carrier, run, storage_of
+from .autocast import without_autocast
+from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of
 from .main_grad import GradAccumulator
 from .weights import WeightStore
 
@@ -102,11 +103,14 @@ class SonicMoEMlpNode:
         )
         plan = self._plan(storage_of(engine_x), config)
         make_current(x)
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             routing = dispatch.route(
                 dispatched_indices, dispatched_probs, counts, self.n_experts, plan, config, "dispatched_indices"
             )
             weights = self._store.current(plan, seen)
+        if not seen.leaves:
+            for name, param, _, _ in self._store.named():
+                require_leaf(name, param)
         experts1, experts2 = self._store.trainable(seen)
         call = ExpertCall(
             x=engine_x,
@@ -163,7 +167,8 @@ class SonicMoEMlpNode:
             raise ValueError("prequantize_weights: FP8 is off in this configuration; set SONIC_MOE_FP8_MODE or use_fp8")
         weight = checks.dtype_name(self._store.place_of())
         storage = "bfloat16" if weight == "float32" else weight
-        with paddle.no_grad():
+        make_current(self._store.place_of())
+        with paddle.no_grad(), without_autocast():
             self._store.current(self._plan(storage, config))
 
     def release_fp8_weights(self) -> None:
@@ -180,7 +185,8 @@ class SonicMoEMlpNode:
         config = self._config()
         plan = self._plan(storage, config)
         topk = min(topk, e)
-        with paddle.no_grad():
+        make_current(self._store.place_of())
+        with paddle.no_grad(), without_autocast():
             x = paddle.zeros([n_tokens, h], dtype=storage, device=place)
             slot = paddle.arange(n_tokens * topk, dtype="int32").reshape([n_tokens, topk]) % e
             probs = paddle.zeros([n_tokens, topk], dtype="float32", device=place)

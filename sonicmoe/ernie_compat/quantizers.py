@@ -6,6 +6,7 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..quant import api as quant
 from ..quant.formats import Recipe, make_recipe
+from .autocast import without_autocast
 
 
 def _recipe(recipe: str | None, iso32: bool | None) -> tuple[Recipe, str]:
@@ -30,7 +31,7 @@ def quantize_native_fp8_weights(w1, w2, iso32=None, recipe=None):
         if any(size % checks.FP8_ALIGN for size in checks.shape_of(weight)[1:]):
             given = list(checks.shape_of(weight))
             raise ValueError(f"{name}: got shape {given}, need multiples of {checks.FP8_ALIGN} after E for FP8 blocks")
-    with paddle.no_grad():
+    with paddle.no_grad(), without_autocast():
         copies = quant.quantize_weights(w1.detach(), w2.detach(), *_recipe(recipe, iso32))
     return tuple((q.data, q.scale) for q in (copies.w1, copies.w1_t, copies.w2, copies.w2_t))
 
@@ -43,6 +44,6 @@ def quantize_activation_blockscaled_fast(x, recipe=None):
     hidden = checks.shape_of(x)[1]
     if hidden % checks.FP8_ALIGN:
         raise ValueError(f"x: got {hidden} channels, need a multiple of {checks.FP8_ALIGN} for FP8 blocks")
-    with paddle.no_grad():
+    with paddle.no_grad(), without_autocast():
         rows = quant.quantize_rows(x.detach(), *_recipe(recipe, False))
     return rows.data, rows.scale

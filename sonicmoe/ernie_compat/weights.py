@@ -36,8 +36,8 @@ def is_emptied(tensor) -> bool:
 @dataclass(frozen=True, eq=False)
 class Look:
     """The parameters of one moment, and the facts about them that a verdict may be remembered by: shape, dtype,
-    address and whether contiguous, of each. An address belongs to one device, so it tells the place as well. While
-    nothing changes the list of facts is the same object."""
+    address, whether contiguous and whether a leaf of the tape, of each. An address belongs to one device, so it tells
+    the place as well. While nothing changes the list of facts is the same object."""
 
     first: list
     second: list
@@ -45,7 +45,11 @@ class Look:
 
     @property
     def contiguous(self) -> bool:
-        return all([contiguous for *_, contiguous in self.facts])
+        return all([contiguous for _, _, _, contiguous, _ in self.facts])
+
+    @property
+    def leaves(self) -> bool:
+        return all([leaf for *_, leaf in self.facts])
 
 
 class WeightStore:
@@ -59,7 +63,7 @@ class WeightStore:
         self._experts = experts if self.fused else self._as_list(experts)
         self._lock = threading.Lock()
         self._copies: dict = {}  # (storage, recipe) -> ExpertWeights, all of the present epoch
-        self._on_device: dict[tuple, NativeCopies] = {}  # the same, where a GPU keeps them up to date
+        self._on_device: dict[tuple, NativeCopies] = {}  # the same by place too, where a GPU keeps them up to date
         self._fingerprint: bytes | None = None
         self._epoch = 0
         self._facts: list | None = None  # that ``check`` has found to be right
@@ -119,7 +123,7 @@ class WeightStore:
         """The parameters now, checked. Every forward looks, once: with many experts that is most of its host time."""
         first, second = self.params1(), self.params2()
         try:
-            facts = [(p.shape, p.dtype, p.data_ptr(), p.is_contiguous()) for p in (*first, *second)]
+            facts = [(p.shape, p.dtype, p.data_ptr(), p.is_contiguous(), p.is_leaf) for p in (*first, *second)]
         except AttributeError:
             self.check()  # says what is no tensor
             raise
@@ -160,7 +164,7 @@ class WeightStore:
             return self._copies[key]
 
     def _current_on_device(self, plan: Plan, seen: Look) -> ExpertWeights:
-        key = (plan.storage, plan.recipe)
+        key = (plan.storage, plan.recipe, checks.place_name(seen.first[0]))
         copies = self._on_device.get(key)
         if copies is None:
             copies = self._on_device[key] = NativeCopies(plan.storage, plan.recipe, self.n_experts, self.glu)
@@ -199,7 +203,7 @@ class WeightStore:
         """Drop the FP8 copies only."""
         with self._lock:
             self._copies = {key: copy for key, copy in self._copies.items() if key[1] is None}
-            for (_, recipe), copies in self._on_device.items():
+            for (_, recipe, _), copies in self._on_device.items():
                 if recipe is not None:
                     copies.drop()
 

@@ -21,6 +21,11 @@ def __getattr__(name):
     return lazy.attribute(globals(), ".layer", name)
 
 
+def _refresh_fp8_config():
+    """PaddleFleet's FP8 settings, for it to fill in and to hand to ``run_sonic_moe``."""
+    return lazy.attribute(globals(), "..ernie_compat.fleet_config", "FleetFP8Config")()
+
+
 def clear_all_fp8_weight_caches() -> None:
     """Drop the FP8 copies that the torch layers keep beside their weights. The next forward makes them again; a CUDA
     graph that was captured with them must be captured again.

@@ -38,11 +38,21 @@ def quantize_weights(w1_EFH, w2_EHI, recipe: Recipe, backend: str = "auto") -> Q
     return _together(*compiled.quantize_weights((w1_EFH, w2_EHI), recipe.pow2), recipe)
 
 
-def _together(first, second, recipe: Recipe) -> QuantWeights:
-    def both(data, scale, data_t, scale_t):
-        return QuantTensor(data, scale, recipe.weight_block), QuantTensor(data_t, scale_t, recipe.weight_block)
+def quantize_weight(w_ERC, recipe: Recipe, backend: str = "auto") -> tuple[QuantTensor, QuantTensor]:
+    """Both orientations of one weight."""
+    compiled = _compiled(w_ERC, recipe, backend)
+    if compiled is None:
+        return naive.quantize_weight(w_ERC, recipe)
+    return _orientations(*compiled.quantize_weights((w_ERC,), recipe.pow2), recipe)
 
-    (w1, w1_t), (w2, w2_t) = both(*first), both(*second)
+
+def _orientations(made, recipe: Recipe) -> tuple[QuantTensor, QuantTensor]:
+    data, scale, data_t, scale_t = made
+    return QuantTensor(data, scale, recipe.weight_block), QuantTensor(data_t, scale_t, recipe.weight_block)
+
+
+def _together(first, second, recipe: Recipe) -> QuantWeights:
+    (w1, w1_t), (w2, w2_t) = _orientations(first, recipe), _orientations(second, recipe)
     return QuantWeights(w1=w1, w2=w2, w1_t=w1_t, w2_t=w2_t)
 
 

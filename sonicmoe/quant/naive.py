@@ -87,18 +87,19 @@ def quantize_rows(x, recipe: Recipe) -> QuantTensor:
     return quantize(x, recipe.row_block, ue8m0=recipe.ue8m0, pow2=recipe.pow2)
 
 
+def quantize_weight(w_ERC, recipe: Recipe) -> tuple[QuantTensor, QuantTensor]:
+    """Both orientations of one weight. Square blocks: the second orientation is the first, transposed."""
+    forward = quantize(w_ERC, recipe.weight_block, ue8m0=recipe.ue8m0, pow2=recipe.pow2)
+    if recipe.isotropic:
+        return forward, transposed(forward)
+    swapped = w_ERC.to(torch.float32).transpose(1, 2).contiguous()
+    return forward, quantize(swapped, recipe.weight_block, ue8m0=recipe.ue8m0, pow2=recipe.pow2)
+
+
 def quantize_weights(w1_EFH, w2_EHI, recipe: Recipe) -> QuantWeights:
-    """Both orientations of both weights. Square blocks: the second orientation is the first, transposed."""
-
-    def both(w):
-        forward = quantize(w, recipe.weight_block, ue8m0=recipe.ue8m0, pow2=recipe.pow2)
-        if recipe.isotropic:
-            return forward, transposed(forward)
-        swapped = w.to(torch.float32).transpose(1, 2).contiguous()
-        return forward, quantize(swapped, recipe.weight_block, ue8m0=recipe.ue8m0, pow2=recipe.pow2)
-
-    w1, w1_t = both(w1_EFH)
-    w2, w2_t = both(w2_EHI)
+    """Both orientations of both weights."""
+    w1, w1_t = quantize_weight(w1_EFH, recipe)
+    w2, w2_t = quantize_weight(w2_EHI, recipe)
     return QuantWeights(w1=w1, w2=w2, w1_t=w1_t, w2_t=w2_t)
 
 

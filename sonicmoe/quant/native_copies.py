@@ -39,6 +39,7 @@ class NativeCopies:
     def __init__(self, storage: str, recipe: Recipe | None, n_experts: int, gated: bool):
         self.storage, self.recipe, self.n_experts, self.gated = getattr(torch, storage), recipe, n_experts, gated
         self._memory = self._table = self._facts = self._made = self._epoch = self._told = None
+        self._hashed = None  # the type of the weights that the memory is for
         self._unfinished = False
         self._stream = self._event = None
 
@@ -66,9 +67,11 @@ class NativeCopies:
 
     def _bring_up_to_date(self, params1, params2, facts):
         weights = [*params1, *params2]
-        if self._memory is None:
-            self._memory = triton_fingerprint.make_memory(weights)
+        if self._epoch is None:
             self._epoch, self._told = (torch.zeros([1], dtype=torch.int32, device=beside(weights[0])) for _ in range(2))
+        if self._hashed != weights[0].dtype:
+            # A wider type needs room for more sums, and the same bytes mean other numbers: nothing has been seen yet.
+            self._memory, self._hashed = triton_fingerprint.make_memory(weights), weights[0].dtype
         elif self._unfinished:
             # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
             self._memory.state.zero_()

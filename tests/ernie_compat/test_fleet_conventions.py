@@ -14,50 +14,12 @@ from sonicmoe.ernie_compat import (
     run_sonic_moe,
 )
 from sonicmoe.ernie_compat.fleet_config import FleetFP8Config
-from sonicmoe.functional import set_wgrad_deferral_hook
+from sonicmoe.functional import _refresh_fp8_config
+from tests.support.fleet_calls import RECIPES, SMALL, Call, activations_of, once
 from tests.support.floors import BF16, assert_bf16, relative_error
-from tests.support.lifecycle import assert_same_bits, bits, fresh_results, series, together
+from tests.support.lifecycle import assert_same_bits, bits, fresh_results, series
 from tests.support.paddle_runs import array, expert_list, native_parameters, oracle, run_fleet, tensor
 from tests.support.problems import make_problem
-
-SMALL = {"n_tokens": 12, "n_experts": 3}
-RECIPES = {
-    "sm90": SonicMoEConfig(use_fp8=True),
-    "sm100": SonicMoEConfig(use_fp8=True, fp8_recipe="sm100"),
-    "iso32": SonicMoEConfig(use_fp8=True, fp8_recipe="sm100", fp8_iso32_weight=True),
-}
-
-
-class Call:
-    """One forward of ``run_sonic_moe``, and its backward when asked."""
-
-    def __init__(self, problem, weights, fp8=False, counts=None, **kwargs):
-        self.problem, self.weights = problem, weights
-        self.x, self.probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32", grad=True)
-        indices = tensor(problem.indices, "int32")
-        topk, n_experts = problem.indices.shape[1], problem.n_experts
-        self.out = run_sonic_moe(self.x, indices, self.probs, topk, n_experts, *weights, fp8, counts, **kwargs)
-
-    def land(self):
-        self.out.backward(tensor(self.problem.dout))
-        return self
-
-    def activations(self):
-        return {"out": self.out, "dx": self.x.grad, "ds": self.probs.grad}
-
-    def results(self):
-        """These and copies of both main_grads as they are now."""
-        grads = {f"dw{n + 1}": getattr(w, "main_grad", None) for n, w in enumerate(self.weights)}
-        return self.activations() | {name: grad.clone() for name, grad in grads.items() if grad is not None}
-
-
-def once(problem, fp8=False, **kwargs):
-    return Call(problem, native_parameters(problem), fp8, **kwargs).land().results()
-
-
-def activations_of(results):
-    return {name: results[name] for name in ("out", "dx", "ds")}
-
 
 # ---- Emptied storage -------------------------------------------------------------------------------------------------
 
@@ -98,6 +60,33 @@ def test_a_stale_copy_beside_live_storage_does_not_matter(name):
     assert_same_bits(Call(problem, weights, True, fp8_config=config).land().results(), expected)
     with paddle.no_grad():
         assert bits(Call(problem, weights).out) == bits(once(problem)["out"])
+
+
+def test_square_blocks_may_be_one_copy_and_its_view():
+    """As PaddleFleet holds them under iso32."""
+    problem, config = make_problem(**SMALL), RECIPES["iso32"]
+    expected = once(problem, True, fp8_config=config)
+    weights = with_copies(problem, config)
+    for weight in weights:
+        data, scale = weight.fp8
+        weight.transposed_fp8 = data.transpose([0, 2, 1]), scale.transpose([0, 2, 1])
+        assert not weight.transposed_fp8[0].is_contiguous()
+    assert_same_bits(Call(problem, empty(weights), True, fp8_config=config).land().results(), expected)
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["stale copies", "no copies"])
+@pytest.mark.parametrize("gone", [0, 1], ids=["w1", "w2"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_weight_emptied_and_the_other_alive(name, gone, stale):
+    """What is alive is read, whatever copies lie beside it."""
+    problem, config = make_problem(**SMALL), RECIPES[name]
+    expected = once(problem, True, fp8_config=config)
+    weights = with_copies(problem, config)
+    other = with_copies(make_problem(seed=9, **SMALL), config)[1 - gone]
+    alive = weights[1 - gone]
+    alive.fp8, alive.transposed_fp8 = (other.fp8, other.transposed_fp8) if stale else (None, None)
+    empty([weights[gone]])
+    assert_same_bits(Call(problem, weights, True, fp8_config=config).land().results(), expected)
 
 
 def test_storage_emptied_between_forward_and_backward():
@@ -183,97 +172,6 @@ def test_main_grads_are_what_the_oracle_says_in_their_layouts():
     assert relative_error(array(w2.main_grad), expected.dw2) < BF16["dw2"]
 
 
-@pytest.fixture
-def deferral():
-    yield set_wgrad_deferral_hook
-    set_wgrad_deferral_hook(None)
-
-
-def recording_hooks(weights):
-    """What each parameter's backward hook found in main_grad when it fired, in order."""
-    fired = []
-    for name, weight in zip(("w1", "w2"), weights, strict=True):
-        # Paddle hands these hooks no argument.
-        weight._register_backward_hook(lambda *_, n=name, w=weight: fired.append((n, bits(w.main_grad))))
-    return fired
-
-
-def test_backward_hooks_fire_once_and_find_the_whole_sum():
-    problems = series(2, **SMALL)
-    parts = [once(problem) for problem in problems]
-    weights = native_parameters(problems[0])
-    fired = recording_hooks(weights)
-    call = Call(problems[0], weights)
-    assert fired == []
-    call.land()
-    assert sorted(fired) == [("w1", bits(parts[0]["dw1"])), ("w2", bits(parts[0]["dw2"]))]
-    fired.clear()
-    Call(problems[1], weights).land()
-    both = {name: bits(parts[0][name] + parts[1][name]) for name in ("dw1", "dw2")}
-    assert sorted(fired) == [("w1", both["dw1"]), ("w2", both["dw2"])]
-
-
-@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)], ids=["w1", "w2", "both"])
-def test_a_frozen_weight_gets_neither_hook_nor_main_grad(frozen):
-    problem = make_problem(**SMALL)
-    expected = once(problem)
-    weights = native_parameters(problem)
-    fired = recording_hooks(weights)
-    for number in frozen:
-        weights[number].stop_gradient = True
-    results = Call(problem, weights).land().results()
-    assert [name for name, _ in sorted(fired)] == [n for i, n in enumerate(("w1", "w2")) if i not in frozen]
-    assert_same_bits(results, {name: expected[name] for name in results})
-    assert len(results) == 5 - len(frozen)
-
-
-@pytest.mark.parametrize("taken", [("w1", "w2"), ("w1",), ("w2",), ()], ids=["both", "w1", "w2", "none"])
-@pytest.mark.parametrize("name", ["bf16", *RECIPES])
-def test_deferred_weight_gradients(name, taken, deferral):
-    config, fp8 = RECIPES.get(name), name in RECIPES
-    problems = series(2, **SMALL)
-    expected = [once(problem, fp8, fp8_config=config) for problem in problems]
-    weights = native_parameters(problems[0])
-    fired, queue, offered = recording_hooks(weights), [], []
-
-    def hook(point, weight, run_wgrad):
-        offered.append((point, weight))
-        if point not in taken:
-            return False
-        queue.append((point, weight, run_wgrad))
-        return True
-
-    deferral(hook)
-    calls = [Call(problem, weights, fp8, fp8_config=config).land() for problem in problems]
-    deferral(None)
-    assert sorted(point for point, _ in offered) == ["w1", "w1", "w2", "w2"]
-    assert all(weight is weights[int(point[1]) - 1] for point, weight in offered)
-    for number, (point, weight) in enumerate(zip(("w1", "w2"), weights, strict=True)):
-        found = [grad for name_, grad in fired if name_ == point]
-        total = bits(expected[0][f"dw{number + 1}"] + expected[1][f"dw{number + 1}"])
-        if point in taken:
-            assert found == [] and getattr(weight, "main_grad", None) is None
-        else:
-            assert found[-1] == total and len(found) == 2
-    for call, wanted in zip(calls, expected, strict=True):
-        assert_same_bits(call.activations(), activations_of(wanted))
-    del calls, call  # what is queued must live by itself
-    for _, _, run_wgrad in queue:
-        run_wgrad()
-    for number, weight in enumerate(weights):
-        assert bits(weight.main_grad) == bits(expected[0][f"dw{number + 1}"] + expected[1][f"dw{number + 1}"])
-
-
-def test_none_resets_the_deferral_hook(deferral):
-    problem = make_problem(**SMALL)
-    deferral(lambda *_: True)
-    weights = native_parameters(problem)
-    Call(problem, weights).land()
-    assert getattr(weights[0], "main_grad", None) is None
-    deferral(None)
-    assert_same_bits(Call(problem, weights).land().results(), once(problem))
-
-
 # ---- Shared parameters and threads -----------------------------------------------------------------------------------
 
 
@@ -305,24 +203,6 @@ def test_the_output_of_one_layer_feeds_the_next_with_the_same_parameters():
     assert relative_error(array(x.grad), bottom.dx) < 2 * BF16["dx"]
     assert relative_error(array(fused_sonic_w1_to_grouped(w1.main_grad)), top.dw1 + bottom.dw1) < 2 * BF16["dw1"]
     assert relative_error(array(w2.main_grad), top.dw2 + bottom.dw2) < 2 * BF16["dw2"]
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["absent", "given"])
-def test_two_threads_on_the_same_parameters(given, deferral):
-    """The accumulation of both calls at the same moment, again and again; it is where their paths meet."""
-    problems = series(2, **SMALL)
-    parts = [once(problem) for problem in problems]
-    weights = native_parameters(problems[0])
-    queue = {"w1": [], "w2": []}
-    deferral(lambda point, weight, run_wgrad: queue[point].append(run_wgrad) is None)
-    for problem in problems:
-        Call(problem, weights).land()
-    for name, weight, part in zip(("w1", "w2"), weights, ("dw1", "dw2"), strict=True):
-        total = bits(parts[0][part] + parts[1][part])
-        for number in range(40):
-            weight.main_grad = paddle.zeros(parts[0][part].shape) if given else None
-            together(*queue[name])
-            assert bits(weight.main_grad) == total, f"{name}, round {number}: a gradient is lost"
 
 
 # ---- Counts, settings, streams ---------------------------------------------------------------------------------------
@@ -360,10 +240,18 @@ SETTINGS = {
     "clamp zero": ({"swiglu_clamp_value": 0.0}, {}),
     "clamp none": ({"swiglu_clamp_value": None}, {}),
     "enabled": ({"enabled": True}, {}),
+    "as PaddleFleet": ({"enabled": True, "fuse_y1_bf16_trunc": True, "swiglu_clamp_value": 0.0}, {}),
 }
 
 
-@pytest.mark.parametrize("make", [FleetFP8Config, foreign], ids=["ours", "foreign"])
+def filled(**attributes):
+    settings = _refresh_fp8_config()
+    for name, value in attributes.items():
+        setattr(settings, name, value)
+    return settings
+
+
+@pytest.mark.parametrize("make", [FleetFP8Config, filled, foreign])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_objects_say_the_same(name, make):
     theirs, ours = SETTINGS[name]

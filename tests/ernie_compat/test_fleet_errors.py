@@ -2,14 +2,21 @@
 either entry point."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import paddle
 import pytest
 
 from sonicmoe import SonicMoEConfig, checks
-from sonicmoe.ernie_compat import quantize_activation_blockscaled_fast, quantize_native_fp8_weights, run_sonic_moe
+from sonicmoe.ernie_compat import (
+    fleet,
+    quantize_activation_blockscaled_fast,
+    quantize_native_fp8_weights,
+    run_sonic_moe,
+)
 from sonicmoe.functional import set_wgrad_deferral_hook
+from sonicmoe.gemm.plan import make_plan
 from tests.support.lifecycle import Flight, assert_same_bits, bits, forbid_engine, fresh_results, refused, weight_grads
 from tests.support.paddle_runs import expert_list, forward_node, make_node, native_parameters, tensor
 from tests.support.problems import make_problem
@@ -93,11 +100,19 @@ def test_weights_of_fleet(name, monkeypatch):
     refused(lambda: call_fleet(**changes()), kind, message)
 
 
+def without_memory(shape):
+    made = paddle.zeros(shape)
+    made._clear_data()
+    return made
+
+
 MAIN_GRADS = {
     "w1 grouped": ("w1", lambda: paddle.zeros([3, 128, 256]), ValueError, r"got shape \[3, 128, 256\], need \[3, 256"),
     "w2 native": ("w2", lambda: paddle.zeros([3, 128, 384]), ValueError, r"got shape \[3, 128, 384\], need \[3, 384, "),
     "bf16": ("w2", lambda: paddle.zeros([3, 384, 128], "bfloat16"), TypeError, "got dtype bfloat16, need float32"),
     "number": ("w1", lambda: 5, TypeError, "got int, need a tensor"),
+    "emptied": ("w1", lambda: without_memory([3, 256, 128]), ValueError, "got a tensor whose storage is empty, need"),
+    "view": ("w2", lambda: paddle.zeros([3, 128, 384]).transpose([0, 2, 1]), ValueError, "got a non-contiguous tensor"),
 }
 
 
@@ -116,7 +131,6 @@ FOREIGN = {
     "epilogue_quant": ({"epilogue_quant": False}, ValueError, "^fp8_config.epilogue_quant: got False, need True"),
     "save_z_fp8": ({"save_z_fp8": False}, ValueError, "^fp8_config.save_z_fp8: got False, need True"),
     "fused_gated": ({"fused_gated": False}, ValueError, "^fp8_config.fused_gated: got False, need True"),
-    "trunc": ({"fuse_y1_bf16_trunc": True}, ValueError, "^fp8_config.fuse_y1_bf16_trunc: got True, need False"),
     "clamp negative": ({"swiglu_clamp_value": -1.0}, ValueError, "swiglu_clamp.*: got -1.0, need"),
     "clamp nan": ({"swiglu_clamp_value": float("nan")}, ValueError, "swiglu_clamp.*: got nan, need"),
     "clamp text": ({"swiglu_clamp_value": "seven"}, TypeError, "swiglu_clamp.*: got 'seven', need"),
@@ -128,6 +142,19 @@ def test_settings_of_a_foreign_config(name, monkeypatch):
     attributes, kind, message = FOREIGN[name]
     forbid_engine(monkeypatch)
     refused(lambda: call_fleet(fp8_config=types.SimpleNamespace(**attributes)), kind, message)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_config_that_says_the_opposite_of_fp8(fp8, monkeypatch):
+    """What the environment says is no contradiction: there the argument wins."""
+    monkeypatch.setenv("SONIC_MOE_FP8_MODE", "mem")
+    call_fleet(fp8=fp8, fp8_config=SonicMoEConfig())
+    monkeypatch.delenv("SONIC_MOE_FP8_MODE")
+    call_fleet(fp8=fp8, fp8_config=SonicMoEConfig())
+    forbid_engine(monkeypatch)
+    for config in (SonicMoEConfig(use_fp8=not fp8), SonicMoEConfig(fp8_mode=None if fp8 else "perf")):
+        message = f"^fp8_config.use_fp8: got {not fp8} with fp8={fp8}; need the same"
+        refused(lambda config=config: call_fleet(fp8=fp8, fp8_config=config), ValueError, message)
 
 
 # ---- Emptied weights and their FP8 copies ----------------------------------------------------------------------------
@@ -168,10 +195,13 @@ COPIES = {
         r"^w2.fp8\[1\]: got dtype float16, need float32 or uint8",
     ),
     "scale 2-d": (lambda: emptied(w2_fp8=lambda d, s: (d, s[0])), ValueError, r"^w2.fp8\[1\]: got shape \[1, 1\]"),
-    "scale rows": (lambda: emptied(w1_fp8=lambda d, s: (d, s[:, :1])), ValueError, r"w1.*\(256, 128\).*\(128, 128\)"),
+    "scale rows": (
+        lambda: emptied(w1_fp8=lambda d, s: (d, s[:, :1].clone())),
+        ValueError,
+        r"w1.*\(256, 128\).*\(128, 128\)",
+    ),
     "sm100 copies": (lambda: emptied("sm100"), ValueError, r"w1.* \(1, 32\) blocks with UE8M0 scales.*'sm90' needs"),
     "iso32 copies": (lambda: emptied("sm100", True), ValueError, r"w1.* \(32, 32\) blocks with UE8M0 .*'sm90' needs"),
-    "one emptied": (lambda: {"w1": emptied()["w1"]}, ValueError, "^w2: .*w2.fp8 is NoneType; need a pair"),
 }
 
 
@@ -181,6 +211,16 @@ def test_fp8_copies(name, monkeypatch):
     weights = weights()
     forbid_engine(monkeypatch)
     refused(lambda: call_fleet(fp8=True, **weights), kind, message)
+
+
+def test_a_view_of_a_copy_where_kernels_read_by_address():
+    weights = emptied(w2_transposed_fp8=lambda d, s: (d.transpose([0, 2, 1]), s))
+    plan = make_plan(SonicMoEConfig(use_fp8=True), "swiglu", storage="bfloat16", device="cpu")
+    on_a_gpu = replace(plan, backend="sm90_fp8")
+    given = (weights["w1"], weights["w2"], 128, 128)
+    fleet._weights(*given, plan, tensor(PROBLEM.x))
+    message = "^w2_t FP8 copy: got a non-contiguous tensor, need a contiguous one"
+    refused(lambda: fleet._weights(*given, on_a_gpu, tensor(PROBLEM.x)), ValueError, message)
 
 
 def test_iso32_is_asked_for_and_1x32_is_given(monkeypatch):
@@ -388,6 +428,15 @@ def test_fleet_weights_on_another_device(monkeypatch):
     pretend(monkeypatch, place)
     forbid_engine(monkeypatch)
     refused(through_fleet, ValueError, "^w1: got a tensor on gpu:1, need cpu, where hidden_states is")
+
+
+def test_a_main_grad_on_another_device(monkeypatch):
+    weights = dict(zip(("w1", "w2"), native_parameters(PROBLEM), strict=True))
+    weights["w2"].main_grad = away = paddle.zeros([3, 128, 128])
+    monkeypatch.setattr(checks, "place_name", lambda given: "gpu:1" if given is away else "cpu")
+    forbid_engine(monkeypatch)
+    message = "^w2.main_grad: got a tensor on gpu:1, need cpu, where the layer is"
+    refused(lambda: call_fleet(**weights), ValueError, message)
 
 
 @pytest.mark.parametrize("hook", [3, "hook", [print]])

@@ -156,6 +156,21 @@ def test_a_matching_recipe_is_used_as_it_is(carrier, monkeypatch):
     assert used is given and used.matches(row_format(config)), "quantized a second time"
 
 
+@pytest.mark.parametrize("mode", ["bf16", "sm90"])
+def test_scales_changed_in_place_before_backward_are_an_error(mode):
+    """As x itself: dW1 is made of what the dispatch delivered."""
+    problem = make()
+    node = make_node(problem, config=CONFIGS[mode])
+    x, probs = tensor(problem.x, grad=True), tensor(problem.probs, "float32")
+    data, scale = payload(problem.x, "fp32_1x128")
+    given = {"dispatched_hidden_states_fp8": data, "dispatched_hidden_states_scales": scale}
+    out = node(x, problem.counts, tensor(problem.indices, "int32"), probs, **given)
+    scale.scale_(3.0)
+    with pytest.raises(Exception, match="x: it or its scales changed in place after forward"):
+        out.backward(tensor(problem.dout))
+    assert not node.has_pending_grads
+
+
 def row_format(config):
     """What a payload is compared with: the row format of the config's recipe."""
     blackwell = config.fp8_recipe == "sm100"

@@ -359,6 +359,23 @@ def test_fused_weights_in_the_wrong_layout():
     )
 
 
+def test_a_weight_that_the_tape_made_of_others():
+    """Its own main_grad would get the gradient, and be gone with it."""
+    parts = dict(zip(("w1", "w2"), native_parameters(PROBLEM, dtype="float32"), strict=True))
+    for name, leaf in parts.items():
+        given = fleet_arguments(**{name: leaf.astype("bfloat16")})
+        message = f"^{name}: got a tensor that was made from others on the tape, need a leaf"
+        refused(lambda given=given: run_sonic_moe(**given), ValueError, message)
+    up, made = expert_list(PROBLEM)[2].up_gate_proj.weight, parts["w2"][0].t().astype("bfloat16")
+    node = make_node(
+        PROBLEM, [*expert_list(PROBLEM)[:2], types.SimpleNamespace(up_gate_proj=holder(up), down_proj=holder(made))]
+    )
+    message = r"^experts\[2\].down_proj.weight: got a tensor that was made from others"
+    refused(lambda: forward_node(node, PROBLEM), ValueError, message)
+    with paddle.no_grad():
+        forward_node(node, PROBLEM)
+
+
 def test_emptied_storage_of_a_nodes_weight():
     experts = expert_list(PROBLEM)
     node = make_node(PROBLEM, experts)
@@ -376,11 +393,18 @@ def test_x_of_another_width():
     )
 
 
+def without_memory(shape):
+    made = paddle.zeros(shape)
+    made._clear_data()
+    return made
+
+
 MAIN_GRADS = {
     "shape": (lambda: paddle.zeros([128, 64]), ValueError, r"got shape \[128, 64\], need \[128, 128\]"),
     "flat": (lambda: paddle.zeros([128 * 128]), ValueError, r"got shape \[16384\], need \[128, 128\]"),
     "bf16": (lambda: paddle.zeros([128, 128], "bfloat16"), TypeError, "got dtype bfloat16, need float32"),
     "numpy": (lambda: np.zeros([128, 128], np.float32), TypeError, "got ndarray, need a tensor"),
+    "emptied": (lambda: without_memory([128, 128]), ValueError, "got a tensor whose storage is empty, need float32"),
 }
 
 
@@ -392,6 +416,7 @@ def test_node_main_grad(name):
     weight.main_grad = value()
     refused(step.node.step, kind, rf"^experts\[1\].down_proj.weight.main_grad: {message}")
     weight.main_grad = None
+    assert not weight_grads(step.experts), "some were added to before the error"
     step.finish()
 
 

@@ -189,6 +189,19 @@ def test_a_retained_graph_runs_twice_and_adds_twice(config):
         assert bits(grad) == bits(2 * expected[name]), name
 
 
+@pytest.mark.parametrize("wanted", ["x", "probs"])
+def test_a_second_derivative_is_an_error(wanted):
+    """The first one is exact. Without a word, Paddle would take the second for 0."""
+    problem = make_problem(**SMALL)
+    node = make_node(problem, expert_list(problem, "float32"))
+    plain = Flight(node, problem, dtype="float32").land()
+    out, x, probs = forward_node(node, problem, dtype="float32")
+    dx, ds = paddle.grad(out, [x, probs], tensor(problem.dout, "float32"), create_graph=True)
+    assert_same_bits({"dx": dx, "ds": ds}, {"dx": plain.x.grad, "ds": plain.probs.grad})
+    with pytest.raises(Exception, match="experts: .* can be differentiated only once"):
+        ({"x": dx, "probs": ds}[wanted] ** 2).sum().backward()
+
+
 def test_a_second_backward_under_stagewise_memory_says_why(monkeypatch):
     problem = make_problem(**SMALL)
     calls = record_saved(monkeypatch)

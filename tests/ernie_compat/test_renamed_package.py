@@ -115,6 +115,8 @@ def test_moved_to_another_name_after_import(loaded, still_there, elsewhere):
         import fleet_ops.sonicmoe as moved
         from fleet_ops.sonicmoe.enums import ActivationType
         from fleet_ops.sonicmoe.functional import set_wgrad_deferral_hook, clear_all_fp8_weight_caches
+        from fleet_ops.sonicmoe.functional import _refresh_fp8_config
+        assert _refresh_fp8_config().fp8_wgrad is None
         from fleet_ops.sonicmoe.ernie_compat import SonicMoEMlpNode, run_sonic_moe
         assert moved.SonicMoEMlpNode is SonicMoEMlpNode and moved.run_sonic_moe is run_sonic_moe
         assert moved.ActivationType is ActivationType

@@ -17,6 +17,7 @@ DEVICE = "sonicmoe_gpu:0"
 
 CHECKS = ("views_read", "views_written", "memory_comes_back", "too_much_is_an_error", "two_devices")
 CHECKS += ("blocks_are_handed_out_again", "layer_on_another_device", "streams_and_events", "counters")
+CHECKS += ("under_autocast", "copies_on_another_device")
 NODE = ("numerics", "edges", "layers", "one_forward_one_backward", "recompute", "weights_that_change")
 NODE += ("weights_that_move", "weights_that_change_in_flight", "adamw", "checkpoint", "two_streams")
 
@@ -60,7 +61,7 @@ def test_node(plugin, tmp_path):
 
 def test_weight_copies_of_a_gpu(plugin, tmp_path):
     """Made by the kernels, in Triton's interpreter."""
-    names = ["weights_that_move", "weights_that_change_in_flight"]
+    names = ["weights_that_move", "weights_that_change_in_flight", "weights_in_another_type"]
     options = ["--backend", "naive", "--tiny", "--recipes", "fp8", "--"]
     env = environment(plugin, triton_runs.triton_site(), TRITON_INTERPRET="1")
     done = children.python(INTERPRETED, *options, DEVICE, tmp_path, *names, env=env, timeout=400)

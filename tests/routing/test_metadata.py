@@ -181,7 +181,7 @@ def test_counts_that_do_not_match(backend, block, carrier):
             build(indices, probs, COUNTS[carrier](wrong), 4, block)
         text = str(error.value)
         assert f"got {wrong[expert]} for expert {expert} (sum {sum(wrong)})" in text, text
-        assert f"hold {[1, 0, 3, 1][expert]} slots for it (sum 5)" in text, text
+        assert f"but indices hold {[1, 0, 3, 1][expert]} slots for it (sum 5)" in text, text
 
 
 # ---- Combine ---------------------------------------------------------------------------------------------------------

@@ -175,6 +175,25 @@ def layer_on_another_device(device):
 
 
 @check
+def copies_on_another_device(device):
+    """Weight copies are made where the weights are, whichever device is current and whoever asks for them."""
+    from gpu_paddle.problem import TINY, inputs
+
+    from sonicmoe import cuda_driver
+
+    paddle.set_device(device.partition(":")[0] + ":1")
+    node = rig.Layer(inputs(TINY), "fp8", backend="naive").node
+    made_on, make = [], node._store._make
+    node._store._make = lambda plan: (made_on.append(cuda_driver.current_device()), make(plan))[1]
+    for ask in (node.prequantize_weights, node.warmup):
+        node.invalidate_caches()
+        paddle.set_device(device)
+        paddle.zeros([2])
+        ask()
+    assert made_on == [1, 1], made_on
+
+
+@check
 def streams_and_events(device):
     from sonicmoe.launch import current_stream
 
@@ -215,6 +234,35 @@ def counters(device):
     assert waits(lambda: x.numpy()) >= 1
     assert waits(lambda: paddle.to_tensor(np.ones(4, np.float32), place=x.place)) >= 1
     assert waits(lambda: paddle.linalg.norm(x)) >= 1  # no kernel of its own: through the CPU
+
+
+@check
+def under_autocast(device):
+    """The layer chooses its types itself: with ``auto_cast`` on it gives the bits that it gives without."""
+    from gpu_paddle.problem import TINY, inputs
+
+    from sonicmoe.ernie_compat import fused_grouped_w1_to_sonic, fused_sonic_w1_to_grouped, fused_transpose_w2_layout
+
+    def narrowed():
+        return paddle.amp.auto_cast(level="O2", dtype="float16", use_promote=False)
+
+    value = drawn([4, 4, 4]) + 4097.0  # float16 has no 4097
+    there = value.to(device)
+    with narrowed():
+        assert paddle.stack([there, there]).dtype == paddle.float16, "auto_cast does nothing here"
+        for convert in (fused_grouped_w1_to_sonic, fused_sonic_w1_to_grouped, fused_transpose_w2_layout):
+            same(convert(there), convert(value), convert.__name__)
+    for recipe in ("bf16", "fp8_wgrad"):
+        for fused in (False, True):
+            wanted = rig.Layer(inputs(TINY), recipe, fused=fused, backend="naive").results()
+            layer = rig.Layer(inputs(TINY), recipe, fused=fused, backend="naive")
+            with narrowed():
+                out = layer.step()
+                layer.node.step()
+            assert layer.parameters()[0].main_grad.dtype == paddle.float32
+            found = {"out": rig.bits(out), "dx": rig.bits(layer.x.grad), "ds": rig.bits(layer.probs.grad)}
+            for name, value in (found | layer.weight_gradients()).items():
+                assert value.tobytes() == wanted[name].tobytes(), (recipe, fused, name)
 
 
 def empty(device):

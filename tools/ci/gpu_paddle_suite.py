@@ -30,6 +30,7 @@ CASES = (
     "weights_that_change",
     "weights_that_move",
     "weights_that_change_in_flight",
+    "weights_in_another_type",
     "adamw",
     "checkpoint",
     "two_streams",

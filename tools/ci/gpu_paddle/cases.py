@@ -293,6 +293,32 @@ def weights_that_change_in_flight(work):
 
 
 @case
+def weights_in_another_type(work):
+    """Parameters that are replaced by wider ones, and by others that mean something else by the very same bytes."""
+
+    def replace_all(layer, change):
+        for expert in layer.experts:
+            for projection in (expert.up_gate_proj, expert.down_proj):
+                new = change(projection.weight.detach().cpu()).to(DEVICE)
+                new.stop_gradient = False
+                projection.weight = new
+
+    changes = {
+        "float32": lambda weight: weight.astype("float32"),
+        "float16 of the same bytes": lambda weight: weight.view("int16").view("float16"),
+    }
+    for recipe in RECIPES:
+        for name, change in changes.items():
+            layer, fresh = rig.Layer(inputs(SMALL), recipe), rig.Layer(inputs(SMALL), recipe)
+            layer.forward()
+            replace_all(layer, change)
+            replace_all(fresh, change)
+            wanted = rig.bits(fresh.forward())
+            same_bits({"out": rig.bits(layer.forward())}, {"out": wanted}, f"{recipe}, {name}")
+            assert layer.node.weight_epoch == 2, f"{recipe}, {name}: epoch {layer.node.weight_epoch}"
+
+
+@case
 def adamw(work):
     """Five AdamW steps on main_grad, fp32 masters on the host: each forward reads the weights of its step."""
     for recipe in RECIPES:
