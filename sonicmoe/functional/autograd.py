@@ -9,6 +9,8 @@ their place. The gradient of a weight takes one of two ways:
   None, so that ``.grad`` stays as it was. A weight that has the attribute ``grad_added_to_main_grad`` belongs to
   Megatron, which waits for its hook and throws the gradient away: it gets that flag set and an uninitialised gradient
   (zeros under ``zero_out_wgrad``).
+  What is added is queued on the stream of the backward, which is that of its forward: who runs forwards on several
+  streams has to order them, and the optimizer behind them. A deferred addition is queued where it is run.
 
 A backward of some inputs alone (``torch.autograd.grad``, ``backward(inputs=...)``) leaves the others' ``main_grad`` as
 it was; and ``torch.autograd.grad`` of a weight gives that gradient back, and adds it to nothing.
