@@ -40,8 +40,8 @@ beside = attrgetter("place" if UNDER_PADDLE else "device")
 
 # torch has none of these.
 _stream_at = attrgetter("device.current_stream")(torch) if UNDER_PADDLE else None
-_gpu_place = cache(torch.CUDAPlace) if UNDER_PADDLE else None
-_plugin_place = cache(torch.CustomPlace) if UNDER_PADDLE else None
+_gpu_place = cache(attrgetter("CUDAPlace")(torch)) if UNDER_PADDLE else None
+_plugin_place = cache(attrgetter("CustomPlace")(torch)) if UNDER_PADDLE else None
 _raw_stream_of = None if UNDER_PADDLE else getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
 
 

@@ -433,7 +433,7 @@ def test_fleet_weights_on_another_device(monkeypatch):
 def test_a_main_grad_on_another_device(monkeypatch):
     weights = dict(zip(("w1", "w2"), native_parameters(PROBLEM), strict=True))
     weights["w2"].main_grad = away = paddle.zeros([3, 128, 128])
-    monkeypatch.setattr(checks, "place_name", lambda given: "gpu:1" if given is away else "cpu")
+    pretend(monkeypatch, lambda given: "gpu:1" if given is away else "cpu")
     forbid_engine(monkeypatch)
     message = "^w2.main_grad: got a tensor on gpu:1, need cpu, where the layer is"
     refused(lambda: call_fleet(**weights), ValueError, message)

@@ -26,7 +26,7 @@ if torch:
 H, I, E = 64, 160, 5  # I: one and a quarter tiles of down_backward, so ds comes in two parts
 F = 2 * I
 FORWARD = ["up", "rows", "sum_slots"]
-BACKWARD = ["scores_by_row", "down_backward", "rows", "sum_slots", "finish_ds"]
+BACKWARD = ["scores_by_row", "down_backward", "finish_ds", "rows", "sum_slots"]
 NAMES = ("out", "dx", "ds", "dw1", "dw2")
 
 
@@ -484,7 +484,7 @@ def test_autograd_hands_main_grad_itself_to_the_kernel(hopper, log):
     routing = metadata.build(problem.indices, problem.probs.detach(), E, 1, SonicMoEConfig())
     apply_experts(*leaves, routing, hopper()).backward(problem.dout)
     # dW2 before dx, so that p*a is gone when dx by slot takes its memory.
-    names = [*FORWARD, "scores_by_row", "down_backward", "wgrad", "rows", "sum_slots", "finish_ds", "wgrad"]
+    names = [*FORWARD, "scores_by_row", "down_backward", "finish_ds", "wgrad", "rows", "sum_slots", "wgrad"]
     assert log.names() == names
     dw2, dw1 = (launch for launch in log.launches if launch.name == "wgrad")
     assert same_memory(dw1.d, problem.w1.main_grad.transpose(1, 2)) and dw1.kernel.accumulate

@@ -184,7 +184,7 @@ def copies_on_another_device(device):
     paddle.set_device(device.partition(":")[0] + ":1")
     node = rig.Layer(inputs(TINY), "fp8", backend="naive").node
     made_on, make = [], node._store._make
-    node._store._make = lambda plan: (made_on.append(cuda_driver.current_device()), make(plan))[1]
+    node._store._make = lambda *given: (made_on.append(cuda_driver.current_device()), make(*given))[1]
     for ask in (node.prequantize_weights, node.warmup):
         node.invalidate_caches()
         paddle.set_device(device)
