@@ -121,11 +121,11 @@ def needs_grad(tensor) -> bool:
 
 def require_leaf(name: str, weight) -> None:
     """A weight's gradient goes to its main_grad and not down the tape: whatever it was computed from would never see
-    any."""
-    if needs_grad(weight) and not weight.is_leaf:
+    any. A caller who gave it a main_grad, a view of the real parameter's say, has seen to that."""
+    if needs_grad(weight) and not weight.is_leaf and getattr(weight, "main_grad", None) is None:
         raise ValueError(
             f"{name}: got a tensor that was made from others on the tape, need a leaf: the gradient goes to its own "
-            "main_grad, and theirs would be lost; detach it, or compute it under no_grad"
+            "main_grad, and theirs would be lost; give it a main_grad, detach it, or compute it under no_grad"
         )
 
 

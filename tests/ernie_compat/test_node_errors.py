@@ -374,6 +374,11 @@ def test_a_weight_that_the_tape_made_of_others():
     refused(lambda: forward_node(node, PROBLEM), ValueError, message)
     with paddle.no_grad():
         forward_node(node, PROBLEM)
+    made.main_grad = paddle.zeros(made.shape)  # now somebody has a place for it
+    out, _, _ = forward_node(node, PROBLEM)
+    out.backward(tensor(PROBLEM.dout))
+    node.step()
+    assert float(made.main_grad.abs().sum()) > 0
 
 
 def test_emptied_storage_of_a_nodes_weight():
