@@ -79,8 +79,7 @@ def make_layouts(pieces, n_experts: int, comm, terms) -> list[Planned]:
     planned = []
     for number, ((indices, _), (_, finish), its) in enumerate(zip(pieces, begun, terms, strict=True)):
         first = number * (2 + held) + 1
-        for rank, row in enumerate(told[1]):
-            its.require_same(row[first - 1], rank)
+        its.require_same([row[first - 1] for row in told[1]])
         sent, received = ([row[first] for row in table] for table in told)
         counts = [sum(column) for column in zip(*(row[first + 1 : first + 1 + held] for row in told[1]), strict=True)]
         planned.append(_planned(indices, sent, received, counts, finish(sum(sent))))

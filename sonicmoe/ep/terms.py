@@ -4,7 +4,7 @@ It rides beside the counts as one number, so ranks that differ learn of it befor
 error that says in what, where they would wait for rows that nobody sends, or read others' bytes as something else.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -27,10 +27,14 @@ class Terms(NamedTuple):
         size, place = checks.shape_of(counts_RC)[0], beside(counts_RC)
         return torch.full([size, 1], self._number(), dtype=torch.int64, device=place)
 
-    def require_same(self, number: int, rank: int) -> None:
-        """``number``: what came from ``rank``."""
-        if number == self._number():
-            return
+    def require_same(self, numbers: list[int]) -> None:
+        """``numbers``: what came from each rank. A GPU waits meanwhile."""
+        mine = self._number()
+        for rank, number in enumerate(numbers):
+            if number != mine:
+                self._tell(number, rank)
+
+    def _tell(self, number: int, rank: int) -> NoReturn:
         for value, (name, bits) in zip(reversed(self._values()), reversed(_FIELDS), strict=True):
             number, theirs = divmod(number, 1 << bits)
             if theirs != value % (1 << bits):

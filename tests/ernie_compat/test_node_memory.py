@@ -115,23 +115,29 @@ def test_what_is_saved_dies_with_its_backward(config, monkeypatch):
     assert saved() is None, "a forward whose output is dropped stays in memory"
 
 
-def test_parts_of_the_scores_gradient_are_gone_before_dx(monkeypatch):
-    from sonicmoe.gemm import naive
+def watched(monkeypatch, maker: str, number: int, user: str) -> list[bool]:
+    """Filled by each call of the naive stage ``user``: whether result ``number`` of ``maker``'s last call is there."""
+    from sonicmoe.gemm import naive  # needs the torch that the node has set up
 
     made, alive = [], []
-    down_backward, up_backward = naive.down_projection_backward, naive.up_projection_backward
+    make, use = getattr(naive, maker), getattr(naive, user)
 
-    def down(*args, **options):
-        dz, pa, parts = down_backward(*args, **options)
-        made.append(weakref.ref(parts))
-        return dz, pa, parts
+    def making(*args, **options):
+        results = make(*args, **options)
+        made.append(weakref.ref(results[number]))
+        return results
 
-    def up(*args, **options):
+    def using(*args, **options):
         alive.append(made[-1]() is not None)
-        return up_backward(*args, **options)
+        return use(*args, **options)
 
-    monkeypatch.setattr(naive, "down_projection_backward", down)
-    monkeypatch.setattr(naive, "up_projection_backward", up)
+    monkeypatch.setattr(naive, maker, making)
+    monkeypatch.setattr(naive, user, using)
+    return alive
+
+
+def test_parts_of_the_scores_gradient_are_gone_before_dx(monkeypatch):
+    alive = watched(monkeypatch, "down_projection_backward", 2, "up_projection_backward")
     problem = make_problem(**SMALL)
     out, _, _ = forward_node(make_node(problem, config=BF16), problem)
     out.backward(tensor(problem.dout))
@@ -139,22 +145,7 @@ def test_parts_of_the_scores_gradient_are_gone_before_dx(monkeypatch):
 
 
 def test_the_activation_is_gone_before_the_sums_want_memory(monkeypatch):
-    from sonicmoe.gemm import naive  # needs the torch that the node has set up
-
-    made, alive = [], []
-    up_projection, sum_slots = naive.up_projection, naive.sum_slots
-
-    def up(*args, **options):
-        z, a = up_projection(*args, **options)
-        made.append(weakref.ref(a))
-        return z, a
-
-    def sums(*args, **options):
-        alive.append(made[-1]() is not None)
-        return sum_slots(*args, **options)
-
-    monkeypatch.setattr(naive, "up_projection", up)
-    monkeypatch.setattr(naive, "sum_slots", sums)
+    alive = watched(monkeypatch, "up_projection", 1, "sum_slots")
     problem = make_problem(**SMALL)
     forward_node(make_node(problem, config=BF16), problem)
     assert alive == [False]
