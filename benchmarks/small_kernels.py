@@ -139,6 +139,20 @@ def quantize_rows_cases():
         yield SimpleNamespace(kernel="quantize rows", shape=about, moved=int(moved), call=call, right=right)
 
 
+def dequantize_rows_cases():
+    for n_rows, width in ((8192, 3072), (28000, 3072)):
+        made = quant.quantize(torch.randn(n_rows, width, device=GPU), (1, 128))
+        call = functools.partial(triton_quantize.dequantize_rows, made.data, made.scale, torch.bfloat16)
+
+        def right(call=call, made=made):
+            return torch.equal(call(), quant.dequantize(made).bfloat16())
+
+        moved = int(made.data.numel() * (1 + 2 + 4 / 128))
+        yield SimpleNamespace(
+            kernel="dequantize rows", shape=f"T={n_rows} C={width}", moved=moved, call=call, right=right
+        )
+
+
 def quantize_weight_cases():
     shapes = [((32, 3072, 3072), torch.bfloat16), ((32, 3072, 1536), torch.bfloat16), ((4, 512, 512), torch.float32)]
     for shape, dtype in shapes:
@@ -183,6 +197,7 @@ def quantize_tokens_cases():
 
 CASES = {"sum_slots": sum_slots_cases, "finish_ds": finish_ds_cases, "topk": topk_cases}
 CASES |= {"fingerprint": fingerprint_cases, "quantize_rows": quantize_rows_cases}
+CASES |= {"dequantize_rows": dequantize_rows_cases}
 CASES |= {"quantize_weight": quantize_weight_cases, "quantize_tokens": quantize_tokens_cases}
 
 

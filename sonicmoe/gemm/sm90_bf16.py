@@ -13,7 +13,7 @@ import torch
 from .. import checks
 from ..cache_safety import JitUnavailable
 from ..launch import beside
-from ..quant import naive as quant
+from ..quant import api as quant
 from ..quant.formats import QuantTensor
 from . import grouped, kernel_store
 from .frozen import deliver
@@ -111,7 +111,7 @@ def prepare_rows(x, plan):
     """Rows as 16-byte loads can read them. A gradient may come as an expanded view or in another type."""
     dtype = getattr(torch, plan.storage)
     if isinstance(x, QuantTensor):
-        return quant.dequantize(x).to(dtype)
+        return quant.dequantize_rows(x, dtype)
     if x.dtype != dtype:
         x = x.to(dtype)
     if not x.is_contiguous():

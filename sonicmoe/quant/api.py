@@ -15,8 +15,13 @@ else:
 
 
 def _compiled(tensor, recipe: Recipe, backend: str):
-    """The kernels, or None for the definition. Other architectures have other casts, or none to e4m3."""
-    if triton_quantize is None or backend == "naive" or recipe.name != "sm90" or checks.is_cpu(tensor):
+    """The kernels, or None for the definition."""
+    return None if backend == "naive" or recipe.name != "sm90" else _compiled_for(tensor)
+
+
+def _compiled_for(tensor):
+    """Other architectures have other casts, or none to e4m3."""
+    if triton_quantize is None or checks.is_cpu(tensor):
         return None
     return triton_quantize if arch(tensor).startswith("sm_90") else None
 
@@ -28,6 +33,15 @@ def quantize_rows(x_TC, recipe: Recipe, backend: str = "auto") -> QuantTensor:
     if compiled is None:
         return naive.quantize_rows(x_TC, recipe)
     return QuantTensor(*compiled.quantize_rows(x_TC, recipe.pow2), recipe.row_block)
+
+
+def dequantize_rows(rows: QuantTensor, dtype):
+    """Activations of whichever recipe, as plain numbers."""
+    matches = rows.block == (1, 128) and checks.dtype_name(rows.scale) == "float32"
+    compiled = _compiled_for(rows.data) if matches else None
+    if compiled is None:
+        return naive.dequantize(rows).to(dtype)
+    return compiled.dequantize_rows(rows.data, rows.scale, dtype)
 
 
 def quantize_weights(w1_EFH, w2_EHI, recipe: Recipe, backend: str = "auto") -> QuantWeights:

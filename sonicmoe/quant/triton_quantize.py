@@ -108,6 +108,32 @@ def quantize_rows(x_TC, pow2: bool = False):
     return data, scale
 
 
+@triton.jit(do_not_specialize=["n_groups"])
+def _dequantize_rows(data, scale, rows, n_groups, GROUPS: tl.constexpr):
+    """The way back: the product of a code and its scale as float32, as in the definition, and then rounded."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    exists = group < n_groups
+    at = group[:, None] * _G + tl.arange(0, _G)[None, :]
+    value = tl.load(data + at, mask=exists[:, None], other=0.0).to(tl.float32)
+    value *= tl.load(scale + group, mask=exists, other=0.0)[:, None]
+    tl.store(rows + at, value.to(rows.dtype.element_ty), mask=exists[:, None])
+
+
+def dequantize_rows(data, scale, dtype):
+    """Rows [T,C] of ``dtype`` from ``quantize_rows``' pair."""
+    _check("data", data, 2, "[T, C]", (checks.FP8_DTYPE,))
+    n_rows, width = checks.shape_of(data)
+    checks.require_dtype("scale", scale, ("float32",))
+    checks.require_shape("scale", scale, (n_rows, width // _GROUP), "one for each 128 columns")
+    rows = torch.empty([n_rows, width], dtype=dtype, device=beside(data))
+    n_groups = n_rows * (width // _GROUP)
+    if n_groups:
+        groups = _ROWS_BYTES // (_GROUP * 2)
+        operands = (data.contiguous(), scale.contiguous(), rows, n_groups)
+        launch(_dequantize_rows, -(-n_groups // groups), operands, {"GROUPS": groups}, num_warps=4)
+    return rows
+
+
 @triton.jit
 def _weight_block(
     w, data, scale, data_t, scale_t, changed, number,

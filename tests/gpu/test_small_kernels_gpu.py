@@ -60,6 +60,7 @@ def test_router_weight_at_size():
 def test_quantizers_at_size():
     kinds = ("ordinary", "holes", "ties")
     assert quantizers.check_quantize_rows(GPU, [(4096, 3072), (777, 7168)], kinds) == []
+    assert quantizers.check_dequantize_rows(GPU, [(4096, 3072), (777, 7168)]) == []
     assert quantizers.check_quantize_weights(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
     assert quantizers.check_weight_copies(GPU) == []
     routings = [(n_tokens, k, n_experts, kind) for n_tokens, k, n_experts, _, kind in LARGE]

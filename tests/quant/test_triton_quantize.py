@@ -13,6 +13,7 @@ CHECKS = (
     "check_weight_copies",
     "check_quantize_tokens",
     "check_quantize_tokens_of_fp8",
+    "check_dequantize_rows",
     "check_choice",
 )
 
@@ -53,6 +54,8 @@ def test_what_is_refused():
             lambda: triton_quantize.quantize_tokens(data, routing),
             lambda: triton_quantize.quantize_tokens((data, torch.zeros(5, 4)), routing),
             lambda: triton_quantize.quantize_tokens((data, torch.zeros(5, 4, dtype=torch.uint8)), routing),
+            lambda: triton_quantize.dequantize_rows(data.float(), torch.zeros(5, 1), torch.bfloat16),
+            lambda: triton_quantize.dequantize_rows(data, torch.zeros(1, 5), torch.bfloat16),
         ]
         said = []
         for call in calls:
@@ -76,4 +79,6 @@ def test_what_is_refused():
         f"TypeError rows: got dtype float8_e4m3fn, need {floats}",
         "ValueError scale: got shape [5, 4], need [5, 1] (one for each 128 columns)",
         "TypeError scale: got dtype uint8, need float32",
+        "TypeError data: got dtype float32, need float8_e4m3fn",
+        "ValueError scale: got shape [1, 5], need [5, 1] (one for each 128 columns)",
     ]

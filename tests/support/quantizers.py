@@ -36,6 +36,14 @@ def _as_the_gpu_converts(original, data, source, target, rounding):
         return fp8_model.decode(data).astype(np.float32).view(np.uint32)
     if names == ("bf16", "fp32"):
         return data.view(np.uint16).astype(np.uint32) << 16
+    if names in (("fp32", "bf16"), ("fp32", "fp16")):
+        rounded = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+        return (
+            rounded.to({"bf16": torch.bfloat16, "fp16": torch.float16}[names[1]])
+            .view(torch.int16)
+            .numpy()
+            .view(np.uint16)
+        )
     return original(data, source, target, rounding)
 
 
@@ -245,6 +253,34 @@ def check_quantize_tokens_of_fp8(device, widths=(128, 384), shapes=ROUTINGS, kin
 
 
 @in_gpu_arithmetic
+def check_dequantize_rows(device, shapes=ROWS):
+    """Every code, scales of any size, and scales that are NaN or infinite; through the choice that engines make."""
+    found = []
+    for rng, shape, kind, dtype, _ in cases(shapes, ("ordinary", "extreme", "holes")):
+        codes = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).to(device).view(torch.float8_e4m3fn)
+        scale = draw(rng, shape, kind, torch.float32, device)[:, ::128].abs().contiguous()
+        wanted = naive.dequantize(QuantTensor(codes, scale, (1, 128))).to(dtype)
+        apart = codes.view(torch.uint8).repeat(1, 2).view(torch.float8_e4m3fn)[:, : shape[1]]
+        for place, data in (("here", codes), ("apart", apart)):
+            made = triton_quantize.dequantize_rows(data, scale, dtype)
+            if not torch.equal(made.isnan(), wanted.isnan()) or not same_bits(
+                *(v.nan_to_num(1.0) for v in (made, wanted))
+            ):
+                found.append(f"values {shape} {kind} {dtype} {place}")
+    return found
+
+
+@contextlib.contextmanager
+def on_hopper(kernels, hopper: bool):
+    """What chooses takes every device for an H100, or for a CPU, and finds these kernels."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(api, "triton_quantize", kernels))
+        stack.enter_context(mock.patch.object(api.checks, "is_cpu", lambda tensor: not hopper))
+        stack.enter_context(mock.patch.object(api, "arch", lambda tensor: "sm_90a"))
+        yield
+
+
+@in_gpu_arithmetic
 def check_choice(device):
     """Which of the two runs, told by a call of the kernels; what they return is the same."""
     rng, found = np.random.default_rng(0), []
@@ -258,10 +294,7 @@ def check_choice(device):
         (make_recipe("sm90"), "auto", False, 0),
     ):
         kernels.reset_mock()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(api, "triton_quantize", kernels))
-            stack.enter_context(mock.patch.object(api.checks, "is_cpu", lambda tensor, hopper=hopper: not hopper))
-            stack.enter_context(mock.patch.object(api, "arch", lambda tensor: "sm_90a"))
+        with on_hopper(kernels, hopper):
             rows = api.quantize_rows(w1[0], recipe, backend)
             weights = api.quantize_weights(w1, w2, recipe, backend)
         about = f"{recipe} backend={backend} hopper={hopper}"
@@ -274,6 +307,17 @@ def check_choice(device):
             found += differences(f"{about} {name}", (one.data, one.scale), (other.data, other.scale))
             if one.block != other.block:
                 found.append(f"{about} {name}: block {one.block}")
+    for recipe, hopper, calls in (
+        (make_recipe("sm90"), True, 1),
+        (make_recipe("sm90"), False, 0),
+        (make_recipe("sm100"), True, 0),
+    ):
+        kernels.reset_mock()
+        with on_hopper(kernels, hopper):
+            rows = naive.quantize_rows(w1[0], recipe)
+            right = same_bits(api.dequantize_rows(rows, torch.bfloat16), naive.dequantize(rows).bfloat16())
+        if len(kernels.method_calls) != calls or not right:
+            found.append(f"values of {recipe} hopper={hopper}: {kernels.method_calls}, right: {right}")
     return found
 
 
@@ -325,6 +369,7 @@ CHECKS = {
         check_flags_of_weights,
         check_quantize_tokens,
         check_quantize_tokens_of_fp8,
+        check_dequantize_rows,
         check_choice,
     ),
 }

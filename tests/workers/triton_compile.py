@@ -130,7 +130,8 @@ def call_everything(torch, n_tokens, draw):
     triton_native.spoil_if_changed(flags[1:], flags, flags[2:], (rows, routing.scores, logits))
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
     triton_router_weight.gradient(logits, x, torch.bfloat16)
-    triton_quantize.quantize_rows(x)
+    data, scale = triton_quantize.quantize_rows(x)
+    triton_quantize.dequantize_rows(data, scale, torch.bfloat16)
     weights = [torch.zeros([2, *size], dtype=torch.bfloat16) for size in ((256, 3072), (3072, 128))]
     flags = torch.zeros([8], dtype=torch.int32)[draw.randint(0, 5) :][:2]
     triton_quantize.quantize_weights(weights, False, None, flags)
@@ -170,6 +171,8 @@ def variants(torch):
         triton_quantize.quantize_tokens(torch.zeros([routing.n_rows, 256], dtype=dtype), routing, gathered=False)
     payload = torch.zeros([5, 256], dtype=torch.float8_e4m3fn), torch.zeros([5, 2], dtype=torch.float32)
     triton_quantize.quantize_tokens(payload, routing)
+    for dtype in (torch.float16, torch.float32):
+        triton_quantize.dequantize_rows(*payload, dtype)
 
 
 # They count programs; no sum that anybody reads is made by them. Who counts has published what it wrote, and sees what
@@ -194,8 +197,8 @@ def faults(kernel) -> list[str]:
 
 # Of 16 bytes, in what call_everything compiles.
 WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 8, "_topk_softmax": 1}
-WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weights": 16, "_quantize_tokens": 16}
-WIDE_STORES = {"_quantize_rows": 2, "_quantize_weights": 16, "_quantize_tokens": 8}
+WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weights": 16, "_quantize_tokens": 16, "_dequantize_rows": 2}
+WIDE_STORES = {"_quantize_rows": 2, "_quantize_weights": 16, "_quantize_tokens": 8, "_dequantize_rows": 4}
 
 
 def exact_arithmetic(kernel) -> list[str]:
