@@ -19,6 +19,7 @@ from sonicmoe import SonicMoEConfig, jit
 from sonicmoe.cache_safety import JitUnavailable, UnsafeCache
 from sonicmoe.routing import backends, metadata, native
 from tests.support import children, triton_runs
+from tests.support.guarded import CANARY, Guarded
 from tests.workers.jit_routings import ARRAYS, KINDS, by_hand, distinct, draw, elsewhere, holes, skewed, uniform
 
 SIZES = ("n_tokens", "n_topk", "n_experts", "n_slots", "n_rows", "block", "n_pad_rows")
@@ -363,18 +364,6 @@ def test_limits_are_the_same_on_every_backend(build, backend, n_experts, n_topk,
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
-GUARD, CANARY = 64, 0x5CA1AB1E
-
-
-def guarded(sizes):
-    """One buffer with guards between its parts: (buffer, the parts, what must stay as it is)."""
-    starts = np.cumsum([GUARD, *[size + GUARD for size in sizes]])[:-1]
-    buffer = np.full(starts[-1] + sizes[-1] + GUARD, CANARY, np.int32)
-    untouched = np.ones(buffer.size, bool)
-    for start, size in zip(starts, sizes, strict=True):
-        untouched[start : start + size] = False
-    return buffer, [buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)], untouched
-
 
 @pytest.fixture(scope="module")
 def host(cache_dir):
@@ -390,29 +379,28 @@ def problem(seed):
 
 
 def call(host, indices, probs, n_experts, block, scales, change=0):
-    """Outputs in a guarded buffer sized by the counts, or by counts that are ``change`` off."""
+    """Guarded outputs sized by the counts, or by counts that are ``change`` off."""
     inputs = host.Inputs(indices.ctypes.data, True, probs.ctypes.data, *indices.shape, n_experts, block)
     n_slots, n_rows = host.sizes(host.count(inputs), block)
     n_slots, n_rows = n_slots + change, n_rows + change * block
     sizes = [n_experts + 1, n_rows, n_rows, n_slots, indices.shape[0] + 1, n_rows, n_slots, n_rows * 3]
-    buffer, parts, untouched = guarded(sizes)
-    outputs = host.Outputs(*[part.ctypes.data for part in parts[:7]], n_slots, n_rows)
-    host.build(inputs, outputs, scales.ctypes.data, parts[7].ctypes.data, 3)
-    return buffer, parts, untouched
+    room = Guarded(*sizes)
+    outputs = host.Outputs(*[part.ctypes.data for part in room.parts[:7]], n_slots, n_rows)
+    host.build(inputs, outputs, scales.ctypes.data, room.parts[7].ctypes.data, 3)
+    return room
 
 
 @pytest.mark.parametrize("seed", range(42))
 def test_host_writes_all_of_its_outputs_and_nothing_else(host, seed):
-    _, parts, untouched = (made := call(host, *problem(seed)))
-    assert (made[0][untouched] == CANARY).all()
-    for name, part in zip((*ARRAYS, "scales"), parts, strict=True):
+    room = call(host, *problem(seed))
+    assert room.guards_are_whole()
+    for name, part in zip((*ARRAYS, "scales"), room.parts, strict=True):
         assert not (part == CANARY).any(), name
 
 
 def test_host_writes_nothing_where_the_sizes_are_wrong(host):
     for seed in range(14):
-        buffer, _, _ = call(host, *problem(seed), change=1)
-        assert (buffer == CANARY).all()
+        assert call(host, *problem(seed), change=1).is_untouched()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ NAME = "sm90_fp8_gemm_emulated"
 
 def build(folder: Path):
     """The extension module, made in ``folder``."""
-    for source in (*jit.source_folder().glob("sm90_fp8_*"), *EMULATOR.iterdir()):
+    for source in (*jit.source_folder().glob("sm90_fp8_*"), *EMULATOR.glob("*.cpp"), *EMULATOR.glob("*.cuh")):
         shutil.copy(source, folder)  # beside each other, so that the emulator's primitives are the ones included
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
