@@ -49,8 +49,12 @@ std::vector<int32_t> build_on_host(const TopkProblem& p, const ScaleRows& scales
     for (int32_t k = 0; k < p.n_topk; ++k, ++slot) {
       int32_t expert = expert_of(p, slot);
       if (expert < 0) continue;
-      place_by_slot(p, slot, p.probs[slot], compact, next[expert]);
-      place_by_row(p, token, compact++, next[expert]++);
+      const int32_t place = next[expert]++;
+      p.score_src_idx[compact] = slot;
+      p.scores[compact] = p.probs[slot];
+      p.s_reverse_scatter_idx[compact] = place;
+      p.x_gather_idx[place] = token;
+      p.s_scatter_idx[place] = compact++;
     }
   }
   p.slot_offset[p.n_tokens] = compact;

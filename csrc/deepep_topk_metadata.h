@@ -62,17 +62,6 @@ SONICMOE_HD int32_t expert_of(const TopkProblem& p, int64_t slot) {
 
 SONICMOE_HD int32_t padded(int32_t count, int32_t block) { return (count + block - 1) / block * block; }
 
-// A valid slot's entries: those that lie in slot order, and those in row order.
-SONICMOE_HD void place_by_slot(const TopkProblem& p, int32_t slot, float prob, int32_t compact, int32_t row) {
-  p.s_reverse_scatter_idx[compact] = row;
-  p.scores[compact] = prob;
-  p.score_src_idx[compact] = slot;
-}
-SONICMOE_HD void place_by_row(const TopkProblem& p, int32_t token, int32_t compact, int32_t row) {
-  p.x_gather_idx[row] = token;
-  p.s_scatter_idx[row] = compact;
-}
-
 // Pads are numbered in row order behind the last slot, where scores are 0.
 SONICMOE_HD void place_pad(const TopkProblem& p, int32_t pad, int32_t row) {
   p.x_gather_idx[row] = 0;

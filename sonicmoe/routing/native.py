@@ -17,7 +17,8 @@ HOST = jit.Extension(_NAME, (f"{_NAME}.cpp",), _HEADERS)
 
 
 def cuda_extension(target: str) -> jit.Extension:
-    return jit.Extension(_NAME, (f"{_NAME}.cpp", f"{_NAME}.cu"), _HEADERS, target)
+    headers = (*_HEADERS, f"{_NAME}_steps.cuh")
+    return jit.Extension(_NAME, (f"{_NAME}.cpp", f"{_NAME}.cu"), headers, target)
 
 
 @cache
