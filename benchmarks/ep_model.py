@@ -165,31 +165,35 @@ def far_table(machine: Machine | None = None) -> list[str]:
 
 
 def compare(path: pathlib.Path) -> list[str]:
-    """Predicted beside measured milliseconds, for each point that has all of its parts."""
+    """Measured / predicted milliseconds of each point, where all halves of a part are there, and its efficiency."""
     points: dict[tuple, dict[str, list[float]]] = {}
     for row in csv.DictReader(path.open()):
         if row["pieces"] in ("1", "2"):
             part = "two pieces" if row["pieces"] == "2" else row["part"]
             names = ("tokens", "topk", "hidden", "intermediate", "experts", "ranks", "payload", "precision")
-            key = tuple(row[name] for name in names)
-            points.setdefault(key, {}).setdefault(part, []).append(float(row["milliseconds"]))
+            shape = Shape(*(int(row[name]) for name in names[:6]), row["payload"], row["precision"])
+            points.setdefault(shape, {}).setdefault(part, []).append(float(row["milliseconds"]))
+    columns = ("dispatch", "experts", "combine", "step", "two pieces")
     lines = [
-        "| ranks | experts | payload, precision | part | measured, ms | predicted, ms | predicted / measured |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| experts | ranks | payload, experts | {' | '.join(columns)} | tokens/s | efficiency |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for key, parts in sorted(points.items(), key=lambda item: (int(item[0][4]), item[0][6:], int(item[0][5]))):
-        shape = Shape(*map(int, key[:6]), *key[6:])
-        found = predict(shape)
-        for name in ("dispatch", "experts", "combine", "step", "two pieces"):
+    for shape in sorted(points, key=lambda s: (s.experts, s.payload, s.precision, s.ranks)):
+        parts, found = points[shape], predict(shape)
+        cells = []
+        for name in columns:
             halves = (name,) if name in ("step", "two pieces") else (name, f"{name} backward")
-            if not all(half in parts for half in halves):
-                continue
-            measured = sum(statistics.median(parts[half]) for half in halves)
+            measured = sum(statistics.median(parts[half]) for half in halves) if set(halves) <= set(parts) else None
             predicted = 1e3 * (found.overlapped(2) if name == "two pieces" else getattr(found, name))
-            lines.append(
-                f"| {shape.ranks} | {shape.experts} | {shape.payload}, {shape.precision} | {name} | {measured:.2f} | "
-                f"{predicted:.2f} | {predicted / measured:.2f} |"
-            )
+            cells.append("" if measured is None else f"{measured:.2f} / {predicted:.2f}")
+        step = statistics.median(parts["step"])
+        alone = points.get(replace(shape, ranks=1), {}).get("step")
+        efficiency = f"{statistics.median(alone) / step:.0%}" if alone else ""
+        speed = f"{shape.ranks * shape.tokens / step / 1e3:.2f} M"
+        lines.append(
+            f"| {shape.experts} | {shape.ranks} | {shape.payload}, {shape.precision} | {' | '.join(cells)} | {speed} "
+            f"| {efficiency} |"
+        )
     return lines
 
 

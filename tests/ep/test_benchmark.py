@@ -47,7 +47,13 @@ def test_the_benchmark_runs_on_the_cpu(tmp_path):
     sent = {(row["ranks"], row["payload"]): float(row["sent_mib"]) for row in rows if row["part"] == "dispatch"}
     assert sent["1", "bf16"] == sent["1", "fp8"] == 0
     assert 0 < sent["2", "fp8"] == pytest.approx(sent["2", "bf16"] * (1 + 4 / 128) / 2, abs=1e-3)
-    assert len(model.compare(table)) == 2 + 2 * 2 * 5  # ranks, providers, parts and a step in two pieces
+    head, _, *points = model.compare(table)
+    assert len(points) == 2 * 2  # ranks, providers
+    for line in points:
+        cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+        # Measured / predicted for all parts and a step in two pieces. Efficiency is against one rank of the same table.
+        assert all(" / " in cells[name] for name in ("dispatch", "experts", "combine", "step", "two pieces"))
+        assert (cells["efficiency |"] == "100% |") == (cells["ranks"] == "1"), line
 
 
 BROKEN = """
