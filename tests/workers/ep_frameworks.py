@@ -1,5 +1,6 @@
 """Paddle and torch for ``expert_parallel.py``: one interface, NumPy at every edge."""
 
+import copy
 import os
 import sys
 
@@ -28,7 +29,7 @@ class _Framework:
     def make_layer(self, case):
         layer = self.layer_class(**options(case), config=_config(case))
         self.steer(layer, case["steer"])
-        return layer
+        return copy.deepcopy(layer) if case["copied"] else layer
 
     def forward_backward(self, layer, x, target, share: float, aux_weight: float) -> float:
         """The part of the loss that these rows are, as ``share`` of the whole batch."""
