@@ -1,4 +1,4 @@
-"""Deep copies of the torch layers, which keep nothing of their own between calls but parameters, buffers and a group."""
+"""Deep copies of the torch layers: between calls they keep parameters, buffers and a group, and no more."""
 
 import copy
 import sys
