@@ -31,6 +31,13 @@ class Communicator(Protocol):
     def barrier(self) -> None: ...
 
 
+class OfProcesses:
+    """What stands for a group of processes: the copy of a layer talks to the same ones, over the same connections."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Landed:
     """Rows that are there already."""
 

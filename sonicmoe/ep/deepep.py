@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from .. import checks
 from ..quant.formats import QuantTensor
+from .communicator import OfProcesses
 from .layout import experts_of_rank
 from .transport import Dispatched
 
@@ -26,7 +27,7 @@ class Handle:
     given: Any
 
 
-class DeepEp:
+class DeepEp(OfProcesses):
     name = "deepep"
 
     def __init__(self, group=None):

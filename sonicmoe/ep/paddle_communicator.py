@@ -6,7 +6,7 @@ Gloo in Paddle knows no alltoall: there pairs of ranks send to each other, round
 import paddle
 import paddle.distributed as dist
 
-from .communicator import Alone, Landed
+from .communicator import Alone, Landed, OfProcesses
 
 
 class _Task:
@@ -25,7 +25,7 @@ def _cut(rows, counts: list[int]) -> list:
     return [rows[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 
-class _AllToAll:
+class _AllToAll(OfProcesses):
     """Where the backend has it."""
 
     def __init__(self, group):

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from .communicator import Alone
+from .communicator import Alone, OfProcesses
 
 
 class _Work:
@@ -17,7 +17,7 @@ class _Work:
         return self.rows
 
 
-class TorchCommunicator:
+class TorchCommunicator(OfProcesses):
     def __init__(self, group=None):
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)

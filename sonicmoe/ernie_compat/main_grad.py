@@ -1,5 +1,6 @@
 """fp32 gradient buffers of a node, and their way into ``weight.main_grad``."""
 
+import copy
 import threading
 
 import paddle
@@ -40,6 +41,20 @@ class GradAccumulator:
         self._lock = threading.Lock()
         self._dw1 = self._dw2 = None
         self._reset()
+
+    def __deepcopy__(self, memo: dict) -> "GradAccumulator":
+        """Empty: a copied parameter has no gradients either. Those of the original, also of calls in flight, stay
+        its own."""
+        return GradAccumulator(copy.deepcopy(self._store, memo))
+
+    def __reduce__(self):
+        """Where a pickle is loaded there may be no original that still has them."""
+        if self.pending:
+            raise RuntimeError(
+                "SonicMoEMlpNode: got pickled with weight gradients that no step() has added to main_grad, and the "
+                "pickle would lose them; call step(), flush_grads() or discard_grads() first"
+            )
+        return GradAccumulator, (self._store,)
 
     def _reset(self) -> None:
         for buffer in (self._dw1, self._dw2):

@@ -27,6 +27,9 @@ class SonicMoEMlpNode:
     ``experts``: a list with ``.up_gate_proj.weight`` [H, 2I] and ``.down_proj.weight`` [I, H], or one object with
     ``.weight1`` [E, H, 2I] and ``.weight2`` [E, I, H].
     ``config``: fixes the configuration; without it each call takes the active one, or the environment's.
+
+    ``copy.deepcopy`` of a model that holds a node gives a node of the copied experts. It begins like a new one: weight
+    copies, gradients that wait for ``step()`` and calls in flight stay with the original.
     """
 
     def __init__(
@@ -52,6 +55,10 @@ class SonicMoEMlpNode:
         )
         self._grads = GradAccumulator(self._store)
         self._last_path: str | None = None
+
+    def __getstate__(self) -> dict:
+        """Of a copy; its store and its gradients see to themselves."""
+        return {**vars(self), "_last_path": None}
 
     def _config(self) -> SonicMoEConfig:
         return self.config if self.config is not None else SonicMoEConfig.current()

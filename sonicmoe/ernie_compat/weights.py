@@ -61,13 +61,25 @@ class WeightStore:
         self.width = intermediate_size * (2 if self.glu else 1)
         self.fused = hasattr(experts, "weight1") and hasattr(experts, "weight2")
         self._experts = experts if self.fused else self._as_list(experts)
+        self._begin()
+        self.check()
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._copies: dict = {}  # (storage, recipe) -> ExpertWeights, all of the present epoch
         self._on_device: dict[tuple, NativeCopies] = {}  # the same by place too, where a GPU keeps them up to date
         self._fingerprint: bytes | None = None
         self._epoch = 0
         self._facts: list | None = None  # that ``check`` has found to be right
-        self.check()
+
+    def __getstate__(self) -> dict:
+        """A copied store reads the copied experts, and makes its own copies of their weights."""
+        names = ("n_experts", "hidden_size", "intermediate_size", "glu", "width", "fused", "_experts")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._begin()  # the first look checks: experts that hold the node have no weights yet while it is copied
 
     def _as_list(self, experts):
         if not isinstance(experts, (list, tuple)) and not isinstance(experts, paddle.nn.LayerList):

@@ -1,5 +1,6 @@
 """What needs no second rank: waits, bytes on the way, balance, checkpoints, callers' mistakes."""
 
+import copy
 import json
 
 import numpy as np
@@ -222,6 +223,45 @@ def test_a_layer_without_gradients_keeps_nothing():
     np.testing.assert_array_equal(again.numpy(), out.numpy())
     assert again.stop_gradient and not out.stop_gradient and aux.shape == []
     assert layer(x.reshape([4, 6, H]))[0].shape == [4, 6, H]
+
+
+def results_of(layer, x, dout):
+    """Everything of one step, whose gradients are then gone."""
+    given = x.clone()
+    given.stop_gradient = False
+    out, aux = layer(given)
+    paddle.autograd.backward([out, aux], [dout, paddle.to_tensor(0.5)])
+    load = layer.load.tolist()
+    layer.step()
+    found = [out, given.grad, layer.router.weight.grad]
+    found += [
+        weight.main_grad for weight in layer.experts.parameters() if getattr(weight, "main_grad", None) is not None
+    ]
+    layer.clear_gradients()
+    for weight in layer.experts.parameters():
+        weight.main_grad = None
+    return [np.array(tensor.astype("float32").numpy()) for tensor in found], load, layer.balance_steps.tolist()
+
+
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_a_copied_layer_is_another(use_fp8):
+    sizes, config = {**SIZES, "intermediate_size": 128}, SonicMoEConfig(use_fp8=use_fp8)
+    layer = paddle_layer.ExpertParallelMoE(**sizes, std=0.1, balance_speed=0.01, config=config)
+    x, dout = paddle.randn([T, H]), paddle.randn([T, H])
+    waiting, _ = layer(x)
+    twin = copy.deepcopy(layer)
+    assert twin.load.tolist() == layer.load.tolist() and sum(twin.load.tolist()) == T * K
+    waiting.backward(dout)
+    assert layer.node.has_pending_grads and not twin.node.has_pending_grads
+    layer.node.discard_grads()
+    layer.clear_gradients()
+    first = results_of(layer, x, dout)
+    np.testing.assert_equal(results_of(twin, x, dout), first)
+    untouched = copy.deepcopy(layer)
+    twin.set_expert_tensors({kind: [w * 2 for w in tensors] for kind, tensors in twin.expert_tensors().items()})
+    changed = results_of(twin, x, dout)
+    np.testing.assert_equal(results_of(layer, x, dout), results_of(untouched, x, dout))
+    assert not np.array_equal(changed[0][0], results_of(layer, x, dout)[0][0])
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

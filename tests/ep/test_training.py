@@ -43,6 +43,7 @@ def more(parts: int) -> dict:
     return {
         "fp8 payload and experts": case(layer=FP8, intermediate=128, config=dict(use_fp8=True, fp8_wgrad=True)),
         "recompute": case(layer=dict(recompute=True)),
+        "copied": case(copied=True),
         "overlap, shared expert": case(layer=dict(overlap=3, shared_intermediate_size=64)),
         "balance, two micro-batches": case(layer=dict(balance_speed=0.01), micro_batches=2),
         "fp8 payload, recompute, overlap": case(layer=dict(recompute=True, overlap=2, **FP8), intermediate=128),
@@ -113,10 +114,12 @@ def test_one_expert_a_token_gives_the_same_bits(runs, ranks):
     assert seen == {key for key in alone if key.startswith("weight")}
 
 
-def test_recompute_gives_the_same_bits(runs):
+@pytest.mark.parametrize("name", ["recompute", "copied"])
+def test_the_same_bits(runs, name):
+    """What is run again in backward, and a deep copy of a layer over the same group."""
     for rank in runs[2]:
         for key, value in rank["bf16"].items():
-            np.testing.assert_array_equal(rank["recompute"][key], value, err_msg=key)
+            np.testing.assert_array_equal(rank[name][key], value, err_msg=key)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,6 +1,7 @@
 """Which FP8 copies a call gets, on stand-ins for them: found again, shared by nobody else, gone with their weights."""
 
 import contextlib
+import copy
 import gc
 
 import pytest
@@ -93,6 +94,15 @@ def test_copies_say_when_another_call_came_between(ask):
     assert still_good()
     ask(a, b)
     assert not still_good()
+
+
+def test_copied_weights_have_their_own(ask):
+    """As a model that was copied whole has; and the original keeps its own."""
+    layer = torch.nn.ParameterList(weights())
+    first, _ = ask(*layer)
+    twin = copy.deepcopy(layer)
+    second, calls = ask(*twin)
+    assert second != first and calls == 1 and ask(*layer) == (first, 2)
 
 
 def test_views_of_one_tensor_have_their_own(ask):

@@ -18,7 +18,7 @@ _MOVEMENT = dict(
 _TRAINING = dict(
     kind="training", hidden=128, intermediate=64, n_experts=8, topk=2, n_tokens=96, std=0.08, steps=30, seed=7,
     micro_batches=1, skewed=False, whole=True, rows=None, frozen_router=False, layer={}, config=None, steer=None,
-    save=None, load=None,
+    save=None, load=None, copied=False,
 )  # fmt: skip
 
 

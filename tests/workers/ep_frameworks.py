@@ -1,5 +1,6 @@
 """Paddle and torch for ``expert_parallel.py``: one interface, NumPy at every edge."""
 
+import copy
 import os
 import sys
 
@@ -26,9 +27,10 @@ def _config(case):
 
 class _Framework:
     def make_layer(self, case):
-        layer = self.layer_class(**options(case), config=_config(case))
+        group = self.group_of_all() if case["copied"] and self.size > 1 else None
+        layer = self.layer_class(**options(case), group=group, config=_config(case))
         self.steer(layer, case["steer"])
-        return layer
+        return copy.deepcopy(layer) if case["copied"] else layer
 
     def forward_backward(self, layer, x, target, share: float, aux_weight: float) -> float:
         """The part of the loss that these rows are, as ``share`` of the whole batch."""
@@ -160,6 +162,9 @@ class Paddle(_Framework):
     def finish(self):
         pass
 
+    def group_of_all(self):
+        return self.dist.get_group()
+
     def tensor(self, values, dtype="bfloat16"):
         values = np.asarray(values)
         kind = np.float32 if values.dtype.kind == "f" else values.dtype
@@ -234,6 +239,9 @@ class Torch(_Framework):
         if self.size > 1:
             self.dist.barrier()
             self.dist.destroy_process_group()
+
+    def group_of_all(self):
+        return self.dist.group.WORLD
 
     def transport(self, case, comm):
         if not case.get("deepep"):

@@ -6,6 +6,7 @@ WORK holds what the torch process left: parity.npz, time.json.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -228,8 +229,8 @@ def weights_that_change(work):
 
 @case
 def weights_that_move(work):
-    """Other tensors in the parameters' places, some of them changed about, and back; for two recipes of one node by
-    turns."""
+    """Other tensors in the parameters' places, some of them changed about, and back, for two recipes of one node by
+    turns; and those of a copied model."""
     given, other = inputs(SMALL), inputs(replace(SMALL, seed=9))
     turned = given | {name: np.concatenate([given[name][:2][::-1], given[name][2:]]) for name in ("w1", "w2")}
     problems = {"first": given, "other": given | {"w1": other["w1"], "w2": other["w2"]}, "turned": turned}
@@ -248,6 +249,11 @@ def weights_that_move(work):
             layer.node.config = configs[recipe]
             found = rig.bits(layer.forward())
             assert found.tobytes() == wanted[name, recipe].tobytes(), f"{recipe}: not the weights of {name}"
+    twin = copy.deepcopy(layer)
+    for mine, new in zip(twin.parameters(), tensors["other"], strict=True):
+        mine.set_value(new)
+    for model, name in ((twin, "other"), (layer, "first")):
+        assert rig.bits(model.forward()).tobytes() == wanted[name, recipe].tobytes(), f"{recipe}: not its weights"
 
 
 @case
