@@ -26,7 +26,6 @@ def cases(ranks: int) -> dict:
         "one slot": case(topk=1),
         "fp8": case(UNEVEN, wire=FP8),
         "under autocast": case(UNEVEN, autocast=True),
-        "fp8, under autocast": case(UNEVEN, wire=FP8, autocast=True),
         "fp8, one rank gets all": case(UNEVEN, routing="first experts", wire=FP8),
     }
 

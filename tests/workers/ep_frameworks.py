@@ -102,8 +102,8 @@ class _Framework:
             (call,) = self.tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire, case["backward"])
         return x, probs, call
 
-    def autocast(self, case):
-        return self.narrowed() if case["autocast"] else nullcontext()
+    def autocast(self, case, promote=False):
+        return self.narrowed(promote) if case["autocast"] else nullcontext()
 
     def dispatch_combine(self, case, given) -> dict:
         tape, (x, probs, call) = self.tape, self.open_call(case, given)
@@ -120,7 +120,7 @@ class _Framework:
         if call.combine_grad_handle is not None:
             y.register_hook(lambda grad: found.update(dy=self.taken(call.combine_grad_handle)))
         dout = self.tensor(given["dout"], "bfloat16")
-        with self.autocast(case):
+        with self.autocast(case, promote=True):  # so that it leaves what the caller did in between as it is
             out.backward(dout)
         return found | {
             "rows": came, "ids": self.array(call.local_indices), "probs": self.array(row_probs),
@@ -196,9 +196,9 @@ class Paddle(_Framework):
         for weight in weights:
             weight.stop_gradient = True
 
-    def narrowed(self):
+    def narrowed(self, promote):
         """On the plugin: on a CPU Paddle says that it makes no effect."""
-        return self.paddle.amp.auto_cast(level="O2", dtype="float16")
+        return self.paddle.amp.auto_cast(level="O2", dtype="float16", use_promote=promote)
 
     def sum_of(self, value: float) -> float:
         if self.size == 1:
@@ -293,7 +293,7 @@ class Torch(_Framework):
         for weight in weights:
             weight.requires_grad_(False)
 
-    def narrowed(self):
+    def narrowed(self, promote):
         return self.torch.autocast("cpu", self.torch.bfloat16)
 
     def sum_of(self, value: float) -> float:
