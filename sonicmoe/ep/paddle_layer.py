@@ -131,7 +131,7 @@ class ExpertParallelMoE(nn.Layer):
         if len(hidden_states.shape) < 1 or hidden_states.shape[-1] != self.hidden_size:
             given = list(hidden_states.shape)
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")
-        with without_autocast():  # the router too, as in ERNIE: bf16 logits would choose other experts
+        with without_autocast():  # for the router too: narrow logits would choose other experts
             return self._forward(hidden_states)
 
     def _forward(self, hidden_states):

@@ -45,7 +45,7 @@ DISAGREEMENTS = {
 }
 # Those of all ranks there.
 COMMON = {NO_INPUT: dict(frozen=["x", "probs"], backward=True)}
-# Layers whose last rank has frozen its experts: whether the router and the shared expert learn, and options.
+# Layers whose last rank has frozen its experts, by what wants a backward besides: whether the router does; options.
 FROZEN = {
     "by a router": (True, {}),
     "by a router, recomputed": (True, dict(recompute=True)),
