@@ -37,8 +37,11 @@ class Wire:
                 raise ValueError(f"{name}: got True with {hidden} channels, need a multiple of {checks.FP8_ALIGN}")
 
 
-def plan_calls(pieces, n_experts: int, transport, wire: Wire | None, needs_grad) -> list["EpCall"]:
-    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]), all planned at once. All ranks call it together."""
+def plan_calls(pieces, n_experts: int, transport, wire: Wire | None, needs_grad, backward: bool) -> list["EpCall"]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]), all planned at once. All ranks call it together.
+
+    ``backward``: whether one will come that neither x nor probs want.
+    """
     wire = Wire() if wire is None else wire
     terms = []
     for x, probs, indices in pieces:
@@ -53,7 +56,8 @@ def plan_calls(pieces, n_experts: int, transport, wire: Wire | None, needs_grad)
         for name, tensor in (("probs", probs), ("indices", indices)) if x.shape[0] else ():
             checks.require_same_place(name, tensor, "x", x)
         alike = (n_experts, int(indices.shape[1]), channels, checks.dtype_name(x))
-        terms.append(Terms(*alike, wire.fp8_dispatch, wire.fp8_combine_grad, needs_grad(x), needs_grad(probs)))
+        needs = needs_grad(x), needs_grad(probs)
+        terms.append(Terms(*alike, wire.fp8_dispatch, wire.fp8_combine_grad, backward or any(needs), *needs))
     planned = transport.plan([(indices, probs.detach()) for _, probs, indices in pieces], n_experts, terms)
     return [
         EpCall(transport, plan, wire, (checks.shape_of(x), its.dtype), its.x_wants_gradient, its.probs_wants_gradient)

@@ -21,6 +21,8 @@ from .. import checks
 from ..config import SonicMoEConfig
 from ..enums import ActivationType, is_glu
 from ..ernie_compat import SonicMoEMlpNode
+from ..ernie_compat.autocast import without_autocast
+from ..ernie_compat.call import needs_grad
 from . import balance, paddle_communicator
 from .call import Wire
 from .layout import experts_of_rank
@@ -129,6 +131,10 @@ class ExpertParallelMoE(nn.Layer):
         if len(hidden_states.shape) < 1 or hidden_states.shape[-1] != self.hidden_size:
             given = list(hidden_states.shape)
             raise ValueError(f"hidden_states: got shape {given}, need [..., H] with H={self.hidden_size}")
+        with without_autocast():  # for the router too: narrow logits would choose other experts
+            return self._forward(hidden_states)
+
+    def _forward(self, hidden_states):
         # All branches begin at a float32 x, and end so: Paddle's CPU cannot add gradients in bf16, nor join them.
         x = hidden_states.astype("float32").reshape([-1, self.hidden_size])
         logits = self._logits(x)
@@ -141,10 +147,11 @@ class ExpertParallelMoE(nn.Layer):
                 probs = probs.detach()
                 probs.stop_gradient = False
             config = SonicMoEConfig.current() if self.node.config is None else self.node.config
-            again = partial(self._routed_under, config)
+            # Asked here, because under recompute the forward runs without gradients.
+            again = partial(self._routed_under, config, self._backward_comes(x, probs))
             out = run_again_in_backward(again, x, probs, indices, preserve_rng_state=False)
         else:
-            out = self._routed(x, probs, indices)
+            out = self._routed(self._backward_comes(x, probs), x, probs, indices)
         out = out.astype(hidden_states.dtype).reshape(hidden_states.shape)
         return out, self._switch_loss(logits, frequency)
 
@@ -185,22 +192,30 @@ class ExpertParallelMoE(nn.Layer):
         parts = [self.experts] if self.shared is None else [self.experts, self.shared]
         return any(not weight.stop_gradient for part in parts for weight in part.parameters())
 
-    def _routed_under(self, config, x, probs, indices):
+    def _backward_comes(self, x, probs) -> bool:
+        """Through dispatch and combine."""
+        if not paddle.is_grad_enabled():
+            return False
+        return needs_grad(x) or needs_grad(probs) or any(map(needs_grad, self.experts.parameters()))
+
+    def _routed_under(self, config, backward: bool, x, probs, indices):
         """Backward runs it in a thread and at a time of its own, where another configuration may be active."""
         with config.activate():
-            return self._routed(x, probs, indices)
+            return self._routed(backward, x, probs, indices)
 
-    def _routed(self, x, probs, indices):
+    def _routed(self, backward: bool, x, probs, indices):
         parts = [cut(tensor, self.overlap) for tensor in (x, probs, indices)]
         parts[0] = [piece.astype(self.compute_dtype) for piece in parts[0]]
         beside = None if self.shared is None else lambda: self._shared(x)
-        found, extra = run_pieces(paddle_tape, list(zip(*parts, strict=True)), self._open, self._experts, beside)
+        found, extra = run_pieces(
+            paddle_tape, list(zip(*parts, strict=True)), partial(self._open, backward), self._experts, beside
+        )
         found = [piece.astype("float32") for piece in found]
         out = found[0] if len(found) == 1 else paddle.concat(found)
         return out if extra is None else out + extra
 
-    def _open(self, pieces):
-        return paddle_tape.open_calls(pieces, self.num_experts, self.transport, self.wire)
+    def _open(self, backward: bool, pieces):
+        return paddle_tape.open_calls(pieces, self.num_experts, self.transport, self.wire, backward)
 
     def _experts(self, rows, probs, call):
         payload = call.take_payload()
@@ -214,9 +229,10 @@ class ExpertParallelMoE(nn.Layer):
         """Between the last backward and the optimizer's step: the experts' gradients go to ``main_grad``, and the
         balance offset moves by the load since the last step."""
         self.node.step()
-        if self.balance_steps is not None:
-            self.balance_steps.set_value(self.balance_steps + balance.change(self.load))
-        self.load = paddle.zeros_like(self.load)
+        with without_autocast():
+            if self.balance_steps is not None:
+                self.balance_steps.set_value(self.balance_steps + balance.change(self.load))
+            self.load = paddle.zeros_like(self.load)
 
     def replicated_parameters(self) -> list:
         """Those that every rank holds a copy of. The others are this rank's own, with whole gradients."""

@@ -13,6 +13,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from ..ernie_compat import torch_proxy
+from ..ernie_compat.autocast import without_autocast
 from ..ernie_compat.call import needs_grad
 
 torch_proxy.cover(__package__.rpartition(".")[0])
@@ -20,12 +21,15 @@ torch_proxy.cover(__package__.rpartition(".")[0])
 from .call import EpCall, Wire, plan_calls  # noqa: E402
 
 
-def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None) -> list[EpCall]:
-    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many."""
+def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None, backward: bool = False) -> list[EpCall]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many.
+
+    ``backward``: there will be one though neither x nor probs want a gradient, since this rank's experts do.
+    """
     given = [tensor for piece in pieces for tensor in piece[:2] if isinstance(tensor, paddle.Tensor)]
     needs = {id(tensor): needs_grad(tensor) for tensor in given}
-    with paddle.no_grad():
-        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: needs[id(tensor)])
+    with paddle.no_grad(), without_autocast():
+        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: needs[id(tensor)], backward)
 
 
 def _ticket():
@@ -36,12 +40,13 @@ class _BeginDispatch(PyLayer):
     @staticmethod
     def forward(ctx, x, probs, call):
         ctx.call = call
-        call.begin_dispatch(x)
+        with without_autocast():
+            call.begin_dispatch(x)
         return _ticket()
 
     @staticmethod
     def backward(ctx, _):
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             return ctx.call.finish_dispatch_gradient()
 
 
@@ -49,7 +54,8 @@ class _FinishDispatch(PyLayer):
     @staticmethod
     def forward(ctx, ticket, like, call):
         ctx.call = call
-        rows, probs = call.finish_dispatch()
+        with without_autocast():
+            rows, probs = call.finish_dispatch()
         if rows is None:  # an FP8 payload; this carries its gradient, and nobody reads it
             rows = paddle.empty([call.layout.n_received, like.shape[1]], dtype=like.dtype)
         return rows, probs
@@ -57,7 +63,7 @@ class _FinishDispatch(PyLayer):
     @staticmethod
     def backward(ctx, dx, ds):
         call = ctx.call
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             call.begin_dispatch_gradient(dx if call.need_dx else None, ds if call.need_ds else None)
         return _ticket(), None
 
@@ -66,12 +72,13 @@ class _BeginCombine(PyLayer):
     @staticmethod
     def forward(ctx, y, call):
         ctx.call = call
-        call.begin_combine(y)
+        with without_autocast():
+            call.begin_combine(y)
         return _ticket()
 
     @staticmethod
     def backward(ctx, _):
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             dy = ctx.call.finish_combine_gradient()
         # The handle has it; the tape wants something of y's shape, and e4m3 is there already.
         return ctx.call.combine_grad_handle["data"] if dy is None else dy
@@ -81,11 +88,12 @@ class _FinishCombine(PyLayer):
     @staticmethod
     def forward(ctx, ticket, call):
         ctx.call = call
-        return call.finish_combine()
+        with without_autocast():
+            return call.finish_combine()
 
     @staticmethod
     def backward(ctx, dout):
-        with paddle.no_grad():
+        with paddle.no_grad(), without_autocast():
             ctx.call.begin_combine_gradient(dout)
         return _ticket()
 

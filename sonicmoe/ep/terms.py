@@ -19,6 +19,7 @@ class Terms(NamedTuple):
     dtype: str
     fp8_dispatch: bool
     fp8_combine_grad: bool
+    any_gradient: bool  # also for the experts alone: whether there will be a backward
     x_wants_gradient: bool
     probs_wants_gradient: bool
 
@@ -53,11 +54,12 @@ class Terms(NamedTuple):
 
 
 _DTYPES = checks.FLOAT_DTYPES
-# As an error names them, and how many bits each gets: 50 together, which float64 holds, through which a framework's
+# As an error names them, and how many bits each gets: 51 together, which float64 holds, through which a framework's
 # scalar may go.
 _FIELDS = (
     ("n_experts", 14), ("slots of a token in indices", 10), ("channels of x", 20), ("dtype of x", 2),
-    ("fp8_dispatch", 1), ("fp8_combine_grad", 1), ("gradient of x wanted", 1), ("gradient of probs wanted", 1),
+    ("fp8_dispatch", 1), ("fp8_combine_grad", 1), ("any gradient of x, probs and experts wanted", 1),
+    ("gradient of x wanted", 1), ("gradient of probs wanted", 1),
 )  # fmt: skip
 
 

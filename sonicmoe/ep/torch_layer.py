@@ -171,7 +171,8 @@ class ExpertParallelMoE(nn.Module):
         return out if extra is None else out + extra.to(out.dtype)
 
     def _open(self, pieces):
-        return torch_tape.open_calls(pieces, self.num_experts, self.transport, self.wire)
+        learn = torch.is_grad_enabled() and (self.c_fc.weight.requires_grad or self.c_proj.weight.requires_grad)
+        return torch_tape.open_calls(pieces, self.num_experts, self.transport, self.wire, learn)
 
     def _experts(self, rows, probs, call):
         return dispatched_experts(

@@ -14,11 +14,14 @@ import torch
 from .call import EpCall, Wire, plan_calls
 
 
-def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None) -> list[EpCall]:
-    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many."""
+def open_calls(pieces, n_experts: int, transport, wire: Wire | None = None, backward: bool = False) -> list[EpCall]:
+    """For ``pieces`` of (x [T,H], probs [T,K], indices [T,K]). All ranks call it together, with as many.
+
+    ``backward``: there will be one though neither x nor probs want a gradient, since this rank's experts do.
+    """
     grad = torch.is_grad_enabled()
     with torch.no_grad():
-        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: grad and tensor.requires_grad)
+        return plan_calls(pieces, n_experts, transport, wire, lambda tensor: grad and tensor.requires_grad, backward)
 
 
 def _ticket(like):

@@ -25,10 +25,12 @@ def cases(ranks: int) -> dict:
         "no token at all": case({2: [0, 0], 4: [0] * 4}, n_tokens=0),
         "one slot": case(topk=1),
         "fp8": case(UNEVEN, wire=FP8),
+        "under autocast": case(UNEVEN, autocast=True),
         "fp8, one rank gets all": case(UNEVEN, routing="first experts", wire=FP8),
     }
 
 
+NO_INPUT = "any gradient of x, probs and experts wanted"
 # What the last rank does otherwise, and what it and the others are told of it: 16 bits of another type, and what only
 # backward would run into, are no other number of bytes.
 DISAGREEMENTS = {
@@ -37,8 +39,19 @@ DISAGREEMENTS = {
     "dtype of x": (dict(dtype="float16"), "float16", "bfloat16"),
     "fp8_dispatch": (dict(wire=dict(fp8_dispatch=True)), True, False),
     "fp8_combine_grad": (dict(wire=dict(fp8_combine_grad=True)), True, False),
-    "gradient of x wanted": (dict(frozen="x"), False, True),
-    "gradient of probs wanted": (dict(frozen="probs"), False, True),
+    "gradient of x wanted": (dict(frozen=["x"]), False, True),
+    "gradient of probs wanted": (dict(frozen=["probs"]), False, True),
+    NO_INPUT: (dict(backward=False), False, True),
+}
+# Those of all ranks there.
+COMMON = {NO_INPUT: dict(frozen=["x", "probs"], backward=True)}
+# Layers whose last rank has frozen its experts, by what wants a backward besides: whether the router does; options.
+FROZEN = {
+    "by a router": (True, {}),
+    "by a router, recomputed": (True, dict(recompute=True)),
+    "by nothing": (False, {}),
+    "by nothing, recomputed": (False, dict(recompute=True)),
+    "by a shared expert": (False, dict(shared_intermediate_size=64)),
 }
 
 FRAMEWORKS = [
@@ -59,7 +72,9 @@ def found(request, framework, tmp_path_factory):
     folder = tmp_path_factory.mktemp("movement") / "run"
     plugin = request.getfixturevalue("plugin") if on_plugin else None
     # First, so that all other cases show that nothing was left of them.
-    given = {name: ep_runs.disagreement(odd, **SIZES) for name, (odd, _, _) in DISAGREEMENTS.items()}
+    given = {n: ep_runs.disagreement(odd, **SIZES, **COMMON.get(n, {})) for n, (odd, _, _) in DISAGREEMENTS.items()}
+    if not on_plugin:
+        given |= {name: ep_runs.frozen(ranks, not learns, layer) for name, (learns, layer) in FROZEN.items()}
     given |= {"outside": ep_runs.movement(kind="outside")} | cases(ranks)
     return ranks, ep_runs.run(name, ranks, given, folder, limit_s=90, plugin=plugin)
 
@@ -153,6 +168,19 @@ def test_ranks_that_disagree_are_all_told(found, name):
         other, where = (odd, ranks - 1) if rank < ranks - 1 else (common, 0)
         wanted = f"{name}: got {given[rank]}, but {other} on rank {where}; need the same on all ranks"
         assert str(results[rank][name]["error"]) == wanted
+
+
+@pytest.mark.parametrize("name", list(FROZEN))
+def test_experts_frozen_on_some_ranks(found, framework, name):
+    """All run a backward through dispatch and combine for the router's sake. For their experts' sake only some would,
+    and wait there for the others."""
+    if "plugin" in framework:
+        pytest.skip("the device changes nothing of it")
+    (ranks, results), (learns, _) = found, FROZEN[name]
+    for rank in range(ranks):
+        given, (other, where) = rank < ranks - 1, (False, ranks - 1) if rank < ranks - 1 else (True, 0)
+        wanted = f"{NO_INPUT}: got {given}, but {other} on rank {where}; need the same on all ranks"
+        assert str(results[rank][name]["error"]) == ("nothing" if learns else wanted)
 
 
 def test_a_group_has_no_communicator_for_others(found):

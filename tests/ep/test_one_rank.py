@@ -2,10 +2,13 @@
 
 import copy
 import json
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import paddle
 import pytest
+from paddle.base import framework
 
 # First: it makes `import torch` mean Paddle in the rest.
 from sonicmoe.ep import paddle_layer  # isort: skip
@@ -191,6 +194,39 @@ def test_recompute_runs_again_what_ran():
         found.append([tensor.numpy() for tensor in (given.grad, *(weight.main_grad for weight in weights))])
     for again, once in zip(*found, strict=True):
         np.testing.assert_array_equal(again, once)
+
+
+@contextmanager
+def autocast_on_a_cpu(level):
+    """Paddle turns ``auto_cast`` off there. Told that it is on, it gives operators float32 for 16 bits, whose bytes
+    then are others. On a device: ``expert_parallel_under_autocast`` of ``paddle_device_rig.py``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with paddle.amp.auto_cast(level=level, dtype="bfloat16"):
+            tracer = framework._dygraph_tracer()
+            tracer._amp_level, tracer._amp_dtype = getattr(framework.core.AmpLevel, level), "bfloat16"
+            assert paddle.add(*[paddle.ones([2], dtype="bfloat16")] * 2).dtype == paddle.float32
+            yield
+
+
+@pytest.mark.parametrize("options", [{}, dict(recompute=True, fp8_dispatch=True), dict(overlap=2, balance_speed=0.01)])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_autocast_changes_nothing(level, options):
+    found, x, dout = [], paddle.randn([T, H]).astype("bfloat16"), paddle.randn([T, H]).astype("bfloat16")
+    for active in (nullcontext(), autocast_on_a_cpu(level)):
+        layer = paddle_layer.ExpertParallelMoE(**{**SIZES, "intermediate_size": 128}, std=0.1, **options)
+        given = x.detach()
+        given.stop_gradient = False
+        with active:
+            out, aux = layer(given)
+            paddle.autograd.backward([out, aux], [dout, paddle.to_tensor(0.5)])
+            layer.sum_shared_gradients()
+            layer.step()
+        grads = [given.grad, layer.router.weight.grad, *(weight.main_grad for weight in layer.experts.parameters())]
+        found.append([out, aux, layer.load, *grads])
+    for plain, narrowed in zip(*found, strict=True):
+        assert narrowed.dtype == plain.dtype
+        np.testing.assert_array_equal(values_of(narrowed), values_of(plain))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -17,7 +17,7 @@ DEVICE = "sonicmoe_gpu:0"
 
 CHECKS = ("views_read", "views_written", "memory_comes_back", "too_much_is_an_error", "two_devices")
 CHECKS += ("blocks_are_handed_out_again", "layer_on_another_device", "streams_and_events", "counters")
-CHECKS += ("under_autocast", "copies_on_another_device")
+CHECKS += ("under_autocast", "expert_parallel_under_autocast", "copies_on_another_device")
 NODE = ("numerics", "edges", "layers", "one_forward_one_backward", "recompute", "weights_that_change")
 NODE += ("weights_that_move", "weights_that_change_in_flight", "adamw", "checkpoint", "two_streams")
 

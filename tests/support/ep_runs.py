@@ -13,7 +13,7 @@ WORKER = children.WORKERS / "expert_parallel.py"
 LIMIT_S = 150
 _MOVEMENT = dict(
     kind="movement", hidden=128, topk=3, dtype="bfloat16", index_dtype="int32", wire={}, routing="uniform", frozen=None,
-    seed=3,
+    backward=False, autocast=False, seed=3,
 )  # fmt: skip
 _TRAINING = dict(
     kind="training", hidden=128, intermediate=64, n_experts=8, topk=2, n_tokens=96, std=0.08, steps=30, seed=7,
@@ -29,6 +29,11 @@ def movement(**changes) -> dict:
 def disagreement(odd: dict, **changes) -> dict:
     """The last rank does otherwise."""
     return movement(kind="disagreement", odd=odd, **changes)
+
+
+def frozen(parts: int, frozen_router: bool, layer: dict) -> dict:
+    """The last rank has frozen its experts."""
+    return training(parts, kind="frozen", frozen_router=frozen_router, layer=layer)
 
 
 def training(parts: int, **changes) -> dict:

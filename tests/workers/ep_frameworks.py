@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -92,29 +93,37 @@ class _Framework:
         layer.set_expert_tensors({k: [self.tensor(a, dtype) for a in experts[k]] for k, dtype in kinds.items()})
 
     def open_call(self, case, given):
-        """(x, probs, the call of them); ``frozen`` names the one that wants no gradient."""
+        """(x, probs, the call of them); ``frozen`` names those that want no gradient."""
         from sonicmoe.ep.call import Wire
 
         dtypes = {"x": case["dtype"], "probs": "float32"}
-        x, probs = ((self.tensor if n == case["frozen"] else self.leaf)(given[n], dtypes[n]) for n in dtypes)
+        x, probs = ((self.tensor if n in (case["frozen"] or ()) else self.leaf)(given[n], dtypes[n]) for n in dtypes)
         indices = self.tensor(given["indices"], case["index_dtype"])
         transport, wire = self.transport(case, self.communicator()), Wire(**case["wire"])
-        (call,) = self.tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire)
+        with self.autocast(case):
+            (call,) = self.tape.open_calls([(x, probs, indices)], case["n_experts"], transport, wire, case["backward"])
         return x, probs, call
+
+    def autocast(self, case, promote=False):
+        return self.narrowed(promote) if case["autocast"] else nullcontext()
 
     def dispatch_combine(self, case, given) -> dict:
         tape, (x, probs, call) = self.tape, self.open_call(case, given)
-        rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
+        with self.autocast(case):
+            rows, row_probs = tape.finish_dispatch(tape.begin_dispatch(x, probs, call), x, call)
         payload = call.take_payload()
         came = self.array(rows) if payload is None else self.dequantized(payload)
         # Beside a payload the rows have no values.
         wide = self.wide(rows) if payload is None else self.tensor(came, "float32")
         place = self.tensor(np.arange(1, case["topk"] + 1, dtype=np.float32), "float32")
         y = self.narrow(wide * 2 + (row_probs * place).sum(-1).reshape([-1, 1]))
-        out, found = tape.finish_combine(tape.begin_combine(y, call), call), {}
+        with self.autocast(case):
+            out, found = tape.finish_combine(tape.begin_combine(y, call), call), {}
         if call.combine_grad_handle is not None:
             y.register_hook(lambda grad: found.update(dy=self.taken(call.combine_grad_handle)))
-        out.backward(self.tensor(given["dout"], "bfloat16"))
+        dout = self.tensor(given["dout"], "bfloat16")
+        with self.autocast(case, promote=True):  # so that it leaves what the caller did in between as it is
+            out.backward(dout)
         return found | {
             "rows": came, "ids": self.array(call.local_indices), "probs": self.array(row_probs),
             "counts": np.array(call.counts), "out": self.array(out), "dx": self.array(x.grad),
@@ -184,6 +193,17 @@ class Paddle(_Framework):
 
     def narrow(self, tensor):
         return tensor.astype("bfloat16")
+
+    def expert_parameters(self, layer):
+        return layer.experts.parameters()
+
+    def freeze(self, weights):
+        for weight in weights:
+            weight.stop_gradient = True
+
+    def narrowed(self, promote):
+        """On the plugin: on a CPU Paddle says that it makes no effect."""
+        return self.paddle.amp.auto_cast(level="O2", dtype="float16", use_promote=promote)
 
     def sum_of(self, value: float) -> float:
         if self.size == 1:
@@ -273,6 +293,16 @@ class Torch(_Framework):
 
     def narrow(self, tensor):
         return tensor.bfloat16()
+
+    def expert_parameters(self, layer):
+        return [layer.c_fc.weight, layer.c_proj.weight]
+
+    def freeze(self, weights):
+        for weight in weights:
+            weight.requires_grad_(False)
+
+    def narrowed(self, promote):
+        return self.torch.autocast("cpu", self.torch.bfloat16)
 
     def sum_of(self, value: float) -> float:
         if self.size == 1:

@@ -49,6 +49,19 @@ def disagree(framework, case, folder) -> dict[str, np.ndarray]:
     return {"error": np.array("nothing")}
 
 
+def freeze_some(framework, case, folder) -> dict[str, np.ndarray]:
+    """What each rank is told by a layer whose last rank has frozen its experts, before a backward that all run."""
+    layer = framework.make_layer(case)
+    framework.freeze([layer.router.weight] if case["frozen_router"] else [])
+    framework.freeze(framework.expert_parameters(layer) if framework.rank == framework.size - 1 else [])
+    try:
+        out, _ = layer(framework.tensor(np.ones([4, case["hidden"]], np.float32)))
+    except ValueError as error:
+        return {"error": np.array(str(error))}
+    out.sum().backward()
+    return {"error": np.array("nothing")}
+
+
 def outside(framework, case, folder) -> dict[str, np.ndarray]:
     """A group of rank 0 alone, and what the others are told who ask for its communicator."""
     try:

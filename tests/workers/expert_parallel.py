@@ -89,6 +89,7 @@ def main():
     framework = ep_frameworks.start(sys.argv[1])
     found = {}
     kinds = {"movement": ep_movement.move, "disagreement": ep_movement.disagree, "outside": ep_movement.outside}
+    kinds["frozen"] = ep_movement.freeze_some
     for name, case in settings["cases"].items():
         run = kinds.get(case["kind"], train)
         found |= {f"{name}/{key}": value for key, value in run(framework, case, folder).items()}

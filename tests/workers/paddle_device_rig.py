@@ -265,6 +265,60 @@ def under_autocast(device):
                 assert value.tobytes() == wanted[name].tobytes(), (recipe, fused, name)
 
 
+# Layers that meet each part of ``paddle_layer``. The device has no product in 16 bits, for the shared expert.
+EXPERT_PARALLEL = (
+    dict(),
+    dict(dtype="float32", shared_intermediate_size=64, balance_speed=0.01, overlap=3),
+    dict(fp8_dispatch=True, fp8_combine_grad=True, recompute=True),
+)
+# Whose backward runs under it as well. Paddle's tape adds two gradients of one tensor, and without promotion narrows
+# them there: that is no layer's to keep.
+LEVELS = ((dict(level="O1"), True), (dict(level="O2"), True), (dict(level="O2", use_promote=False), False))
+
+
+@check
+def expert_parallel_under_autocast(device):
+    """Router, dispatch, combine and balance: bits and types are those without ``auto_cast``."""
+    from contextlib import nullcontext
+
+    from sonicmoe import SonicMoEConfig
+    from sonicmoe.ep.paddle_layer import ExpertParallelMoE
+
+    value, dout = drawn([24, 128]) / 32 - 1, drawn([24, 128], seed=1) / 32 - 1
+    sizes = dict(num_experts=4, num_experts_per_tok=2, hidden_size=128, intermediate_size=128, std=0.1)
+
+    def results(options, dtype, narrowed=None, backward_too=False):
+        layer = ExpertParallelMoE(**sizes, **options, config=SonicMoEConfig(backend="naive"))
+        x = value.to(device).astype(dtype).detach()
+        x.stop_gradient = False
+
+        def backward():
+            paddle.autograd.backward([out, aux], [dout.to(device).astype(dtype), paddle.to_tensor(0.5)])
+            layer.sum_shared_gradients()
+            layer.step()
+
+        with paddle.amp.auto_cast(**narrowed, dtype="float16") if narrowed else nullcontext():
+            out, aux = layer(x)
+            if backward_too:
+                backward()
+        if not backward_too:
+            backward()
+        found = {"out": out, "aux": aux, "dx": x.grad, "load": layer.load}
+        found |= {name: weight.grad for name, weight in layer.named_parameters() if weight.grad is not None}
+        found |= {f"main {name}": weight.main_grad for name, weight in layer.experts.named_parameters()}
+        return found if layer.balance_steps is None else found | {"steps": layer.balance_steps}
+
+    for options in EXPERT_PARALLEL:
+        for dtype in ("float32", "bfloat16"):
+            wanted = results(options, dtype)
+            assert "router.weight" in wanted
+            for narrowed, backward_too in LEVELS:
+                found = results(options, dtype, narrowed, backward_too)
+                assert found.keys() == wanted.keys()
+                for name, tensor in found.items():
+                    same(tensor, wanted[name], (options, dtype, narrowed, name))
+
+
 def empty(device):
     """No address to ask the driver about."""
     from sonicmoe import SonicMoEConfig
