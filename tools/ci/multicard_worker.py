@@ -20,6 +20,10 @@ TOKENS, RATE = 64, 2.0
 def torch_steps(ranks: int):
     """(rank, a function that runs one step and returns the loss, a function that ends it all)."""
     import torch
+
+    # Optimizers import this, and where that comes after the group was made, it keeps the group alive for good: gloo's
+    # threads then outlive Python's end, and now and then one of them aborts there.
+    import torch._dynamo
     import torch.distributed as dist
 
     local = int(os.environ["LOCAL_RANK"])
