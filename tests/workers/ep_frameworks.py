@@ -243,6 +243,8 @@ class Torch(_Framework):
         self.torch, self.dist = torch, dist
         torch.use_deterministic_algorithms(True)
         if "LOCAL_RANK" in os.environ:
+            import torch._dynamo  # which recompute imports: see tools/ci/multicard_worker.py
+
             dist.init_process_group("gloo")
         from tests.support import deep_ep_stub
 
