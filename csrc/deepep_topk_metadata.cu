@@ -160,12 +160,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
         int before_run = 0;
         const Sums<2> all = sum_experts<2>(experts, [&](int e) {
           before_run += earlier[e];
-          const int slots = total[e], rows = static_cast<int>((slots + p.block - 1) / task.block) * p.block;
-          return Sums<2>{rows, rows - slots};
+          const int filled = static_cast<int>((total[e] + p.block - 1) / task.block) * p.block;
+          return Sums<2>{filled, filled - total[e]};
         }, [&](int e, const Sums<2>& own, const Sums<2>& at) {
-          const int begins = at.of[0] + earlier[e];
-          next[e] = begins;
-          base[e] = begins - here[e];
+          const int row = at.of[0] + earlier[e];
+          next[e] = row;
+          base[e] = row - here[e];
           pads[e] = own.of[1];
           pad_row[e] = at.of[0] + own.of[0] - own.of[1];
           pad_number[e] = at.of[1];

@@ -6,22 +6,19 @@ from importlib.util import find_spec
 from .. import checks
 from ..launch import arch
 from . import naive
-from .formats import QuantTensor, QuantWeights, Recipe
+from .formats import QuantTensor, QuantWeights, Recipe, make_recipe
 
 if find_spec("triton") is not None:
     from . import triton_fingerprint, triton_quantize
 else:
     triton_fingerprint = triton_quantize = None
 
+_SM90 = make_recipe("sm90")
+
 
 def _compiled(tensor, recipe: Recipe, backend: str):
-    """The kernels, or None for the definition."""
-    return None if backend == "naive" or recipe.name != "sm90" else _compiled_for(tensor)
-
-
-def _compiled_for(tensor):
-    """Other architectures have other casts, or none to e4m3."""
-    if triton_quantize is None or checks.is_cpu(tensor):
+    """The kernels, or None for the definition. Other architectures have other casts, or none to e4m3."""
+    if triton_quantize is None or backend == "naive" or recipe.name != "sm90" or checks.is_cpu(tensor):
         return None
     return triton_quantize if arch(tensor).startswith("sm_90") else None
 
@@ -37,9 +34,8 @@ def quantize_rows(x_TC, recipe: Recipe, backend: str = "auto") -> QuantTensor:
 
 def dequantize_rows(rows: QuantTensor, dtype):
     """Activations of whichever recipe, as plain numbers."""
-    matches = rows.block == (1, 128) and checks.dtype_name(rows.scale) == "float32"
-    compiled = _compiled_for(rows.data) if matches else None
-    if compiled is None:
+    compiled = _compiled(rows.data, _SM90, "auto")
+    if compiled is None or not rows.matches(_SM90):
         return naive.dequantize(rows).to(dtype)
     return compiled.dequantize_rows(rows.data, rows.scale, dtype)
 
