@@ -1,5 +1,5 @@
-// What happens to a warpgroup's sums, 64 rows of 128 columns in registers: see Lane and product_64x128x32 for who holds
-// what. Results leave through the warpgroup's own piece of shared memory, so the two never wait for each other.
+// What happens to a warpgroup's sums, 64 rows of 128 or 192 columns in registers: see Lane and product for who holds what.
+// Results leave through the warpgroup's own piece of shared memory, so the two never wait for each other.
 #pragma once
 
 #include "sm90_fp8_mainloop.cuh"
@@ -58,29 +58,24 @@ __device__ __forceinline__ bool end_output(const Lane& me) {
 // ---- rows: y, rounded to 16 bits
 
 __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
-                                  const float (&total)[2][64]) {
-  // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
+                                  const float (&total)[1][96]) {
+  constexpr int kPieceBytes = 64 * 128;  // 64 rows of 64 columns
   begin_output(me);
+  // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
+  const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile, out += kOperandBytes) {
-    if (tile >= unit.row_tiles) break;
-    const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
-#pragma unroll
-    for (int j = 0; j < 16; j += 2) {
-      const int column = 8 * j + lane / 16 * 8, at = column % 64 * 2;
-      const float* v = total[tile] + 4 * j;
-      const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
-                                 two(v[6], v[7], p.half)};
-      store_matrices(shared_address(out + column / 64 * 8192 + swizzled(row, at)), pairs);
+  for (int j = 0; j < 24; j += 2) {
+    const int column = 8 * j + lane / 16 * 8, at = column % 64 * 2;
+    const float* v = total[0] + 4 * j;
+    const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
+                               two(v[6], v[7], p.half)};
+    store_matrices(shared_address(out + column / 64 * kPieceBytes + swizzled(row, at)), pairs);
+  }
+  if (end_output(me)) {
+    for (int piece = 0; piece < 3 && unit.alive; ++piece) {  // what lies behind the last column is not written
+      tensor_store(maps.d, out + piece * kPieceBytes, unit.column + piece * 64, unit.row + me.group * 64);
     }
-    if (end_output(me)) {
-      if (unit.alive) {
-        const int y = unit.row + tile * kTile + me.group * 64;
-        tensor_store(maps.d, out, unit.column, y);
-        tensor_store(maps.d, out + 8192, unit.column + 64, y);
-      }
-      store_commit();
-    }
+    store_commit();
   }
 }
 

@@ -24,7 +24,8 @@ __device__ __forceinline__ TokenRowScales<Kind> token_row_scales(const Fp8Gemm& 
     if constexpr (Kind::kGather) scales.below = static_cast<uint32_t>(p.gather[first + 8]) * unit.steps;
   }
   scales.weight = static_cast<uint32_t>(unit.expert * (p.b_rows / kTile) + unit.column / kTile) * unit.steps;
-  scales.both = unit.row_tiles == 2;
+  const bool last_columns = unit.column / kTile + 1 == p.width / kTile;
+  scales.weights_apart = kColumnSets<Kind> == 2 && last_columns ? 0 : unit.steps;
   scales.ask(0);
   return scales;
 }
@@ -47,7 +48,7 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
   Units<Kind> units(p, rank);
   Stage<Kind> stage;
   Unit unit;
-  float total[kSums<Kind>][64];
+  float total[kSums<Kind>][kSumSize<Kind>];
   if constexpr (Kind::kStrips) {
     StripScales scales(me);
     while (units.next(unit)) {

@@ -107,7 +107,7 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
 
 // ---- Multiplying
 
-// A thread's place in its warpgroup's part of the tile; see product_64x128x32.
+// A thread's place in its warpgroup's part of the tile; see product.
 struct Lane {
   int group, warp, lane;
   __device__ explicit Lane(int thread) : group(uniform(thread / 128)), warp(uniform(thread % 128 / 32)), lane(thread % 32) {}
@@ -120,8 +120,7 @@ struct Lane {
 };
 
 // Scales of a tile's steps. Those in global memory are asked for long before they are used, some steps at a time: each
-// lane of a group of lanes with the same rows holds those of one step. A tile's 128 rows or columns of weights have one
-// in common.
+// lane of a group of lanes with the same rows holds those of one step. 128 rows or columns of weights have one in common.
 template <class Kind>
 struct TokenRowScales {
   static constexpr int kAtOnce = 4;  // lanes that hold the same rows
@@ -131,9 +130,9 @@ struct TokenRowScales {
   uint32_t above, below, weight;
   Address gathered;
   int steps, lane;
-  bool both;
-  float2 here[kSums<Kind>], next[kRowSets<Kind>];
-  float next_weights[Kind::kColumnTiles];
+  int weights_apart;  // of the two blocks of columns: no steps where the second one is not there
+  float2 here[kRowSets<Kind> * kColumnSets<Kind>], next[kRowSets<Kind>];
+  float next_weights[kColumnSets<Kind>];
   __device__ void ask(int first) {
     const int step = min(first + lane % kAtOnce, steps - 1);
 #pragma unroll
@@ -143,27 +142,26 @@ struct TokenRowScales {
         const float2 both = load_two(gathered + i * 64 * sizeof(uint32_t));
         first = __float_as_uint(both.x) + step;
         second = __float_as_uint(both.y) + step;
-      } else if constexpr (!Kind::kGather) {  // a tile that is not there takes the other one's
-        first += i == 1 && both ? kTile * steps : 0;
+      } else if constexpr (!Kind::kGather) {
         second = first + 8 * steps;
       }
       next[i] = make_float2(__ldg(tokens + first), __ldg(tokens + second));
     }
 #pragma unroll
-    for (int i = 0; i < Kind::kColumnTiles; ++i) next_weights[i] = __ldg(weights + weight + i * steps + step);
+    for (int i = 0; i < kColumnSets<Kind>; ++i) next_weights[i] = __ldg(weights + weight + i * weights_apart + step);
   }
-  __device__ float2 rows(int step, int sum, Address) {
-    if (sum == 0 && step % kAtOnce == 0) {
+  __device__ float2 rows(int step, int set, Address) {
+    if (set == 0 && step % kAtOnce == 0) {
 #pragma unroll
-      for (int i = 0; i < kSums<Kind>; ++i) {
-        const float2 row = next[i / Kind::kColumnTiles];
-        const float weight = next_weights[i % Kind::kColumnTiles];
+      for (int i = 0; i < kRowSets<Kind> * kColumnSets<Kind>; ++i) {
+        const float2 row = next[i / kColumnSets<Kind>];
+        const float weight = next_weights[i % kColumnSets<Kind>];
         here[i] = make_float2(row.x * weight, row.y * weight);
       }
       ask(step + kAtOnce);
     }
     const int from = lane / kAtOnce * kAtOnce + step % kAtOnce;
-    return make_float2(__shfl_sync(0xffffffff, here[sum].x, from), __shfl_sync(0xffffffff, here[sum].y, from));
+    return make_float2(__shfl_sync(0xffffffff, here[set].x, from), __shfl_sync(0xffffffff, here[set].y, from));
   }
 };
 struct StripScales {
@@ -176,12 +174,12 @@ struct StripScales {
 };
 
 template <class Kind>
-__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int sum, float (&part)[64]) {
+__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int sum, float (&part)[kSumSize<Kind>]) {
   const Operand a = ring.a(s, sum), b = ring.b(s, sum);
   pin(part);
   product_fence();
 #pragma unroll
-  for (int k = 0; k < kTile / 32; ++k) product_64x128x32(part, further(a, 32 * k), further(b, 32 * k), k > 0);
+  for (int k = 0; k < kTile / 32; ++k) product(part, further(a, 32 * k), further(b, 32 * k), k > 0);
   product_commit();
 }
 
@@ -202,19 +200,20 @@ __device__ __forceinline__ void give_turn(const Ring<Kind>& ring, const Lane& me
   stage.turn ^= 1;
 }
 
-// total [64,128] of this warpgroup, of each of its sums, where both warpgroups make each tile.
+// Totals of this warpgroup, [64, columns of a tile] of each of its sums, where both warpgroups make each tile.
 template <class Kind, class Scales>
 __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me, Stage<Kind>& stage, const Unit& unit,
-                                          Scales& scales, float (&total)[kSums<Kind>][64]) {
+                                          Scales& scales, float (&total)[kSums<Kind>][kSumSize<Kind>]) {
+  constexpr bool kWide = Kind::kColumns > kTile;  // a tile has columns of two blocks of weights
 #pragma unroll
   for (int sum = 0; sum < kSums<Kind>; ++sum) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) total[sum][i] = 0.0f;
+    for (int i = 0; i < kSumSize<Kind>; ++i) total[sum][i] = 0.0f;
   }
   if (unit.steps == 0) return;
   const bool both = kSums<Kind> == 2 && (Kind::kRowTiles == 1 || unit.row_tiles == 2);
-  float part[64];
-  float2 row, column[Kind::kStrips ? 16 : 1];
+  float part[kSumSize<Kind>];
+  float2 row, right, column[Kind::kStrips ? 16 : 1];
   auto begin = [&](int step, int sum) {
     const int s = stage.index;
     if (sum == 0) barrier_wait(ring.full(s), stage.round);
@@ -223,6 +222,7 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     multiply_stage(ring, s, sum, part);
     give_turn(ring, me, stage);
     row = scales.rows(step, sum, Kind::kStrips ? ring.a_strip(s) : 0);
+    if constexpr (kWide) right = scales.rows(step, 1, 0);
     // In registers before the products are waited for, and there for the other tile: a load of them takes as long from
     // shared memory as half of a tile's operands do.
     if constexpr (Kind::kStrips) {
@@ -236,15 +236,18 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     product_wait();
     pin(part);
     if (last) release(ring, me, stage.index);
-    float(&to)[64] = total[sum];
+    float(&to)[kSumSize<Kind>] = total[sum];
+    // Tiles of 192 begin at a block of columns or in the middle of one.
+    const float2 middle = kWide && unit.column % kTile != 0 ? right : row;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < Kind::kColumns / 8; ++j) {
+      const float2 here = j < 8 || !kWide ? row : j < 16 ? middle : right;
       float2 by = make_float2(1.0f, 1.0f);
       if constexpr (Kind::kStrips) by = column[j];
-      to[4 * j] = fmaf(part[4 * j] * by.x, row.x, to[4 * j]);
-      to[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, row.x, to[4 * j + 1]);
-      to[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, row.y, to[4 * j + 2]);
-      to[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, row.y, to[4 * j + 3]);
+      to[4 * j] = fmaf(part[4 * j] * by.x, here.x, to[4 * j]);
+      to[4 * j + 1] = fmaf(part[4 * j + 1] * by.y, here.x, to[4 * j + 1]);
+      to[4 * j + 2] = fmaf(part[4 * j + 2] * by.x, here.y, to[4 * j + 2]);
+      to[4 * j + 3] = fmaf(part[4 * j + 3] * by.y, here.y, to[4 * j + 3]);
     }
   };
   begin(0, 0);

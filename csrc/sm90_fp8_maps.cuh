@@ -16,7 +16,7 @@ inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
 }
 
 inline bool make_maps(RowsKind, const Fp8Gemm& p, Maps& maps) {
-  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 128) && describe_weights(p, maps, 128) &&
+  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 64) && describe_weights(p, maps, RowsKind::kColumns) &&
          describe(&maps.d, p.d, p.half ? Item::kHalf : Item::kBfloat, p.n_rows, p.width, 64);
 }
 

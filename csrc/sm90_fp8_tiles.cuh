@@ -8,7 +8,7 @@
 
 namespace sonicmoe::sm90 {
 
-constexpr int kTile = 128;  // rows, columns, and depth of one step
+constexpr int kTile = 128;  // rows, depth of one step, and most often columns
 constexpr int kOperandBytes = kTile * kTile;
 constexpr int kStripBytes = kTile * 4;  // a scale for each row of an operand tile
 constexpr int kMultipliers = 2;         // warpgroups
@@ -20,47 +20,53 @@ constexpr int kGroup = 8;               // units of rows that go through the col
 //   kStrips         scales of both operands come with every step, one for each row and column
 //   kAlone          a warpgroup makes every second tile, and all of it; a thread's two tokens, 8 rows apart, are such as
 //                   follow each other
+//   kColumns        of a tile
 //   kRowTiles       tiles that a block makes at once, one below the other; kColumnTiles likewise side by side
 //   kOutBytes       room for each warpgroup's results; kAlongBytes for what it makes of them for wgrad
 //   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
 struct RowsKind {
   static constexpr bool kGather = false, kStrips = false, kAlone = false;
-  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
-  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
+  static constexpr int kColumns = 192, kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 24 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct UpKind {
   static constexpr bool kGather = true, kStrips = false, kAlone = false, kClamp = kClamp_;
-  static constexpr int kRowTiles = 1, kColumnTiles = 2, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kColumns = kTile, kRowTiles = 1, kColumnTiles = 2, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 16 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
 struct DownBackwardKind {  // for a wgrad in FP8
   static constexpr bool kGather = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = false;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
+  static constexpr int kColumns = kTile, kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 template <bool kClamp_>
 struct WideDownBackwardKind {  // for a wgrad in 16 bits
   static constexpr bool kGather = true, kStrips = false, kAlone = true;
   static constexpr bool kClamp = kClamp_, kWide = true;
-  static constexpr int kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
+  static constexpr int kColumns = kTile, kRowTiles = 1, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 24 * 1024;
 };
 struct WgradKind {
   static constexpr bool kGather = false, kStrips = true, kAlone = false;
-  static constexpr int kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kColumns = kTile, kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 0, kAlongBytes = 0;
 };
 template <class Kind>
 constexpr int kTiles = Kind::kRowTiles * Kind::kColumnTiles;
-// Sums of 64 rows and 128 columns that a warpgroup has at once, and how many sets of 64 rows they are of.
+// Sums of 64 rows and a tile's columns that a warpgroup has at once, registers of each, how many sets of 64 rows they are
+// of, and of how many blocks of 128 columns of the weights.
 template <class Kind>
 constexpr int kSums = Kind::kAlone ? 2 : kTiles<Kind>;
 template <class Kind>
+constexpr int kSumSize = Kind::kColumns / 2;
+template <class Kind>
 constexpr int kRowSets = Kind::kAlone ? 2 : Kind::kRowTiles;
+template <class Kind>
+constexpr int kColumnSets = (Kind::kColumnTiles * Kind::kColumns + kTile - 1) / kTile;
 // Steps of gathered tokens that one thread has asked for: fewer than stages, or each would only land when it is due.
 template <class Kind>
 constexpr int kInFlight = Kind::kStages > 3 ? 3 : Kind::kStages - 1;
@@ -98,7 +104,7 @@ struct Array<T, 0> {};
 
 template <class Kind>
 struct alignas(1024) Shared {
-  static constexpr int kABytes = Kind::kRowTiles * kOperandBytes, kBBytes = Kind::kColumnTiles * kOperandBytes;
+  static constexpr int kABytes = Kind::kRowTiles * kOperandBytes, kBBytes = Kind::kColumnTiles * Kind::kColumns * kTile;
   uint8_t a[Kind::kStages][kABytes];
   uint8_t b[Kind::kStages][kBBytes];
   Array<uint8_t[Kind::kOutBytes == 0 ? 1 : Kind::kOutBytes], Kind::kOutBytes == 0 ? 0 : kMultipliers> out;
@@ -176,10 +182,10 @@ class Units {
       if (!unit.alive) --row;
     } else {
       column = 2 * column_unit + rank_;
-      unit.alive = column * kTile < p_.width;
+      unit.alive = column * Kind::kColumns < p_.width;
       if (!unit.alive) --column;
     }
-    unit.column = column * kTile;
+    unit.column = column * Kind::kColumns;
     unit.row_tiles = Kind::kGather ? 1 : min(row_tiles() - row * Kind::kRowTiles, Kind::kRowTiles);
     row *= Kind::kRowTiles;
     unit.row = begin_ + row * kTile;
@@ -201,7 +207,7 @@ class Units {
 
   __device__ int row_tiles() const { return (Kind::kStrips ? p_.height : end_ - begin_) / kTile; }
   __device__ int row_units() const { return (row_tiles() + kHigh - 1) / kHigh; }
-  __device__ int column_units() const { return (p_.width / kTile + kWide - 1) / kWide; }
+  __device__ int column_units() const { return (p_.width + kWide * Kind::kColumns - 1) / (kWide * Kind::kColumns); }
 
   __device__ void open(int expert) {
     expert_ = expert;

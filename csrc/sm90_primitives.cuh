@@ -204,11 +204,11 @@ __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// d [64,128] = (+=) a [64,32] @ b [128,32]^T for one warpgroup. Thread t holds of row 16 * (t / 32) + (t % 32) / 4 the
+// d [64,N] = (+=) a [64,32] @ b [N,32]^T for one warpgroup. Thread t holds of row 16 * (t / 32) + (t % 32) / 4 the
 // columns 8j + 2 (t % 4) + {0, 1} in d[4j + {0, 1}], and of the row 8 further down the same ones in d[4j + {2, 3}].
 #define SONICMOE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SONICMOE_D16(i) SONICMOE_D4(i), SONICMOE_D4(i + 4), SONICMOE_D4(i + 8), SONICMOE_D4(i + 12)
-__device__ __forceinline__ void product_64x128x32(float (&d)[64], Operand a, Operand b, bool add) {
+__device__ __forceinline__ void product(float (&d)[64], Operand a, Operand b, bool add) {
   asm volatile(
       "{\n"
       ".reg .pred add;\n"
@@ -226,14 +226,35 @@ __device__ __forceinline__ void product_64x128x32(float (&d)[64], Operand a, Ope
       : SONICMOE_D16(0), SONICMOE_D16(16), SONICMOE_D16(32), SONICMOE_D16(48)
       : "r"(a), "r"(b), "r"(static_cast<int32_t>(add)));
 }
+__device__ __forceinline__ void product(float (&d)[96], Operand a, Operand b, bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred add;\n"
+      ".reg .b64 a, b;\n"
+      "mov.b64 a, {%96, 0x40000040};\n"
+      "mov.b64 b, {%97, 0x40000040};\n"
+      "setp.ne.b32 add, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+      "a, b, add, 1, 1;\n"
+      "}"
+      : SONICMOE_D16(0), SONICMOE_D16(16), SONICMOE_D16(32), SONICMOE_D16(48), SONICMOE_D16(64), SONICMOE_D16(80)
+      : "r"(a), "r"(b), "r"(static_cast<int32_t>(add)));
+}
 #undef SONICMOE_D16
 #undef SONICMOE_D4
 
 // The compiler knows nothing of what goes on in these registers between a product and the wait for it: no use of them
 // may move across this.
-__device__ __forceinline__ void pin(float (&d)[64]) {
+template <int kCount>
+__device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Four 8x8 matrices of 16-bit values in rows of 16 bytes; lane 8m + r gives the place of row r of matrix m. Thread t

@@ -37,6 +37,7 @@ _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for pa
 OVERWRITES_Z = True
 DX_FIRST = True  # dz for dx goes with it, before wgrad takes memory
 _ROOM_BYTES = 100e6  # about what tensors of M rows take at a time, where they can be made in pieces
+_ROWS_UNIT, _WGRAD_UNIT = 2 * 192, 2 * 128  # columns that two neighbouring thread blocks make at once
 
 
 def extension(target: str) -> jit.Extension:
@@ -153,7 +154,7 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
 def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, scores=None):
     """[T,width]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
     columns at a time, in the same memory. The numbers do not depend on how many."""
-    step = min(width, _columns_at_once(routing.n_rows, width, 2))
+    step = min(width, _columns_at_once(routing.n_rows, width, 2, _ROWS_UNIT))
     out = _storage([routing.n_tokens, width], rows.data, plan)
     room = _storage([routing.n_rows, step], rows.data, plan)
     for first in range(0, width, step):
@@ -165,10 +166,9 @@ def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, pl
     return out
 
 
-def _columns_at_once(n_rows: int, width: int, item: int) -> int:
-    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMMs."""
+def _columns_at_once(n_rows: int, width: int, item: int, unit: int) -> int:
+    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMM."""
     pieces = max(1, round(item * n_rows * width / _ROOM_BYTES))
-    unit = 2 * FP8_ROW_BLOCK
     return -(-width // (pieces * unit)) * unit
 
 
@@ -233,7 +233,7 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
         # The copy of x by row is the largest of its time: made some columns at a time, it is not. No name for a piece,
         # which would keep it until the next one is there.
         hidden = int(target.shape[2])
-        step = _columns_at_once(routing.n_rows, hidden, 1)
+        step = _columns_at_once(routing.n_rows, hidden, 1, _WGRAD_UNIT)
         for first in range(0, hidden, step):
             columns = first, min(hidden, first + step)
             _wgrad(dz.wgrad, _token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, first)

@@ -53,6 +53,7 @@ struct Product {
   float* d;
   uint64_t a, b;
   bool add;
+  int size;  // of d
 };
 struct Store {
   const CUtensorMap* map;
@@ -217,7 +218,7 @@ inline void multiply(const Product& p) {
   const int thread = cluster->current->thread % 128, lane = thread % 32;
   float a[2][32], b[32];
   for (int below = 0; below < 2; ++below) read_row(p.a, thread / 32 * 16 + lane / 4 + below * 8, a[below]);
-  for (int n = 0; n < 32; ++n) {
+  for (int n = 0; n < p.size / 2; ++n) {
     read_row(p.b, n / 2 * 8 + lane % 4 * 2 + n % 2, b);
     for (int below = 0; below < 2; ++below) {
       float& d = p.d[n / 2 * 4 + below * 2 + n % 2];
@@ -397,14 +398,16 @@ inline Operand operand(Address tile) { return tile / 16; }
 inline Operand further(Operand tile, int bytes) { return tile + bytes / 16; }
 inline void product_fence() {}
 inline void product_commit() { emulator::meet(emulator::warp().meeting, 32); }  // the warp gives its products together
-inline void product_64x128x32(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-  cluster->current->products.push_back({d, a, b, add});
+template <int kSize>
+void product(float (&d)[kSize], uint64_t a, uint64_t b, bool add) {
+  cluster->current->products.push_back({d, a, b, add, kSize});
 }
 inline void product_wait() {
   for (const emulator::Product& product : cluster->current->products) emulator::multiply(product);
   cluster->current->products.clear();
 }
-inline void pin(float (&)[64]) {}
+template <int kCount>
+void pin(float (&)[kCount]) {}
 
 // One 16-bit value: of row or column ``at`` in the row of 16 bytes that lane 8m + r names.
 inline uint16_t* matrix_value(Address row, int matrix, int r, int at) {

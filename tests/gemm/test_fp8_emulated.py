@@ -61,6 +61,13 @@ def test_rows(stages, storage):
     stages.compare_rows(storage)
 
 
+@pytest.mark.parametrize("h", [128, 256, 512, 640])
+def test_rows_of_any_width(module, monkeypatch, cache_dir, h):
+    """Tiles of 192 columns have the scales of two blocks of the weights, and the last one may go beyond them."""
+    fp8_emulator.install(monkeypatch, module, clusters=2)
+    Stages(Fp8Problem(t=70, k=2, e=3, h=h, i=256, device=CPU), cache_dir, SUMS, CODES).compare_rows("bfloat16")
+
+
 @pytest.mark.parametrize("fp8_wgrad", [True, False])
 def test_down_backward(stages, fp8_wgrad):
     stages.compare_down_backward(fp8_wgrad)
@@ -129,7 +136,7 @@ def test_some_columns_at_a_time_are_the_same_bits(module, monkeypatch, cache_dir
     routing = problem.route(cache_dir)
     whole = problem.run(cache_dir, routing)
     monkeypatch.setattr(sm90_fp8, "_ROOM_BYTES", 1.0)
-    assert sm90_fp8._columns_at_once(routing.n_rows, 640, 2) == 256
+    assert sm90_fp8._columns_at_once(routing.n_rows, 640, 2, sm90_fp8._ROWS_UNIT) == 384
     pieces = problem.run(cache_dir, routing)
     assert all(torch.equal(pieces[name], whole[name]) for name in NAMES)
 
