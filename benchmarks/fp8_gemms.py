@@ -1,21 +1,24 @@
-"""The FP8 GEMMs on a GPU one by one, each with its own epilogue: TFLOP/s in a short burst and under load.
+"""The FP8 GEMMs on a GPU one by one, each with its own epilogue, under load: TFLOP/s, clock and power.
 
-    python benchmarks/fp8_gemms.py --csv fp8_gemms.csv
+    python benchmarks/fp8_gemms.py --csv benchmarks/fp8_gemms.csv --deepgemm FOLDER --cutlass FOLDER
 
 Each result is held against float32 products of the same quantized operands, on one expert, before it is timed. Rows
-that only fill segments are not counted as work. ``burst`` is the median of single calls with pauses between them,
-``load`` the mean over calls without any, after as many again: the GPU is at its power limit by then.
+that only fill segments are not counted as work. Times are means over calls without a pause, after half as many again:
+the GPU is at its power limit by then. With checkouts of DeepGEMM and CUTLASS, DeepGEMM's GEMMs take turns with ours, on
+the same operands; of its tiles the fastest is shown.
 """
 
 import argparse
 import csv
 import dataclasses
 import pathlib
+import subprocess
 import sys
-import time
+import tempfile
 from types import SimpleNamespace
 
 import torch
+from deepgemm import DeepGemm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from sonicmoe import SonicMoEConfig
@@ -60,28 +63,63 @@ def token_major(operand, lo, hi):
     return (operand.data.float() * scale)[:, lo:hi]
 
 
+def wgrad_operands(p) -> dict:
+    return {"dw1": (p.dz.wgrad, p.x_t), "dw2": (p.dout_t, p.pa)}
+
+
+def row_operands(p) -> dict:
+    """Rows, gathered or not, and the weights that they are multiplied by."""
+    fp8 = p.fp8
+    rows = {
+        "up": (p.xq, fp8.w1),
+        "down": (p.a, fp8.w2),
+        "down_backward": (p.doutq, fp8.w2_t),
+        "dx": (p.dz.rows, fp8.w1_t),
+    }
+    token = p.routing.x_gather_idx.long()
+    real = (p.routing.s_scatter_idx < p.routing.n_slots)[:, None]
+    for name in ("up", "down_backward"):
+        a, weight = rows[name]
+        data = (a.data.view(torch.uint8)[token] * real).view(torch.float8_e4m3fn)
+        rows[name] = naive.QuantTensor(data, a.scale[token] * real, a.block), weight
+    return rows
+
+
+def product(p, name):
+    """The GEMM without its epilogue, of the first expert, in float32."""
+    lo, hi = p.routing.expert_offset[:2].tolist()
+    if name in wgrad_operands(p):
+        left, right = wgrad_operands(p)[name]
+        return token_major(left, lo, hi) @ token_major(right, lo, hi).T
+    rows, weight = row_operands(p)[name]
+    return (
+        naive.dequantize(rows)[lo:hi]
+        @ naive.dequantize(naive.QuantTensor(weight.data[0], weight.scale[0], weight.block)).T
+    )
+
+
 def cases(p):
-    """(name, call, units of T*K*H*I multiply-adds, result of the call and what it should be, on the first expert)."""
-    routing, plan, weights, fp8 = p.routing, p.plan, p.weights, p.fp8
+    """(name, call, units of T*K*H*I multiply-adds, result of the call on the first expert, the same from a product)."""
+    routing, plan, weights = p.routing, p.plan, p.weights
     lo, hi = routing.expert_offset[:2].tolist()
-    token = routing.x_gather_idx[lo:hi].long()
-    real = (routing.s_scatter_idx[lo:hi] < routing.n_slots)[:, None]
     experts = (True,) * p.e
     buffers = GradBuffers(
         torch.zeros(p.e, 2 * p.i, p.h, device=GPU), torch.zeros(p.e, p.h, p.i, device=GPU), False, experts, experts
     )
 
-    def first(q):
-        return naive.dequantize(q)[lo:hi]
+    def plain(product):
+        return product
 
-    def weight(q):
-        return naive.dequantize(naive.QuantTensor(q.data[0], q.scale[0], q.block))
+    def first_rows(rows):
+        return rows[lo:hi]
 
     def up():
         return sm90_fp8.up_projection(p.xq, weights, routing, plan, need_a=True)
 
-    def wanted_a():
-        z = (naive.dequantize(p.xq)[token] * real) @ weight(fp8.w1).T
+    def first_a(found):
+        return naive.dequantize(found[1])[lo:hi]
+
+    def swiglu(z):
         return activation.forward(z, ActivationType.SWIGLU)
 
     def down_backward():
@@ -89,92 +127,115 @@ def cases(p):
         places = {"need_wgrad": True, "out": (p.z, None)}
         return sm90_fp8.down_projection_backward(p.doutq, p.kept, weights, routing, plan, **places)
 
-    def wanted_pa():
-        scores = routing.scores[routing.s_scatter_idx[lo:hi].long()]
-        return (scores[:, None] * activation.forward(first(p.kept), ActivationType.SWIGLU)).T
+    def first_pa(found):
+        return token_major(found[1], lo, hi)
 
-    def dw(left, right, target):
+    def pa(_):
+        scores = routing.scores[routing.s_scatter_idx[lo:hi].long()]
+        return (scores[:, None] * swiglu(naive.dequantize(p.kept)[lo:hi])).T
+
+    def dw(name, target):
+        left, right = wgrad_operands(p)[name]
         return lambda: sm90_fp8._wgrad(left, right, target, routing, plan, overwrite=False) or target
 
-    def wanted_dw(left, right):
-        return token_major(left, lo, hi) @ token_major(right, lo, hi).T
-
-    yield "up", up, 2, lambda found: first(found[1]), wanted_a
-    yield (
-        "down", lambda: sm90_fp8.down_projection(p.a, weights, routing, plan), 1, lambda found: found[lo:hi],
-        lambda: first(p.a) @ weight(fp8.w2).T,
-    )  # fmt: skip
-    yield "down_backward", down_backward, 1, lambda found: token_major(found[1], lo, hi), wanted_pa
-    yield (
-        "dx", lambda: sm90_fp8.up_projection_backward(p.dz, weights, routing, plan), 2, lambda found: found[lo:hi],
-        lambda: first(p.dz.rows) @ weight(fp8.w1_t).T,
-    )  # fmt: skip
-    yield (
-        "dw1", dw(p.dz.wgrad, p.x_t, buffers.dw1_EFH), 2, lambda found: found[0],
-        lambda: wanted_dw(p.dz.wgrad, p.x_t),
-    )  # fmt: skip
-    yield "dw2", dw(p.dout_t, p.pa, buffers.dw2), 1, lambda found: found[0], lambda: wanted_dw(p.dout_t, p.pa)
+    yield "up", up, 2, first_a, swiglu
+    yield "down", lambda: sm90_fp8.down_projection(p.a, weights, routing, plan), 1, first_rows, plain
+    yield "down_backward", down_backward, 1, first_pa, pa
+    yield "dx", lambda: sm90_fp8.up_projection_backward(p.dz, weights, routing, plan), 2, first_rows, plain
+    yield "dw1", dw("dw1", buffers.dw1_EFH), 2, lambda found: found[0], plain
+    yield "dw2", dw("dw2", buffers.dw2), 1, lambda found: found[0], plain
 
 
-def burst_us(call, times=15) -> float:
-    found = []
-    for _ in range(times):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        time.sleep(0.02)
-        events[0].record()
-        call()
-        events[1].record()
+def once_us(call) -> float:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    call()
+    events[0].record()
+    call()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) * 1e3
+
+
+def under_load(call, seconds: float) -> dict:
+    """Its time, and the GPU's clock and power meanwhile."""
+    times = max(3, round(seconds * 1e6 / once_us(call)))
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "50"]
+    query += ["-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as watch:
+        for _ in range(times // 2):  # it takes its time to begin as well
+            call()
         torch.cuda.synchronize()
-        found.append(events[0].elapsed_time(events[1]) * 1e3)
-    return sorted(found)[times // 2]
-
-
-def load_us(call, seconds: float) -> float:
-    times = max(3, round(seconds * 1e6 / burst_us(call, 3)))
-    for _ in range(2):  # the first time brings the GPU to its limit
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         for _ in range(times):
             call()
         events[1].record()
         torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) * 1e3 / times
+        watch.terminate()
+        seen = [line.split(",") for line in watch.stdout.read().splitlines()]
+    seen = [(float(clock), float(power)) for clock, power in seen[len(seen) // 3 : -1]]
+    mhz, watts = (round(sum(values) / len(values)) for values in zip(*seen, strict=True)) if seen else (0, 0)
+    return {"us": events[0].elapsed_time(events[1]) * 1e3 / times, "mhz": mhz, "watts": watts}
+
+
+def relative(found, wanted) -> float:
+    return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,H,I,E,K")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a measurement under load (0.5)")
+    parser.add_argument("--seconds", type=float, default=0.6, help="length of a measurement (0.6)")
+    parser.add_argument("--deepgemm", metavar="FOLDER", help="a checkout of DeepGEMM")
+    parser.add_argument("--cutlass", metavar="FOLDER", help="a checkout of CUTLASS")
     parser.add_argument("--csv", help="write the table here")
     args = parser.parse_args()
     device, rows, wrong = torch.cuda.get_device_name(), [], 0
-    for shape in args.shapes:
-        sizes = [int(size) for size in shape.split(",")]
-        p = problem(*sizes)
-        t, h, i, e, k = sizes
-        for name, call, units, result, wanted in cases(p):
-            found, expected = result(call()), wanted()
-            error = ((found.float() - expected).norm() / expected.norm()).item()
-            row = {"kernel": name, "shape": shape, "device": device, "error": f"{error:.1e}"}
-            # One quantization of a result is 2.6%.
-            if not error < 0.035:
-                wrong += 1
-                print(f"{name} {shape}: WRONG, off by {error:.1e}; not timed")
-            else:
-                flops = 2 * units * t * k * h * i
-                burst, load = burst_us(call), load_us(call, args.seconds)
-                row |= {"burst_us": f"{burst:.1f}", "load_us": f"{load:.1f}"}
-                row |= {"burst_tflops": f"{flops / burst / 1e6:.0f}", "load_tflops": f"{flops / load / 1e6:.0f}"}
-                print("  ".join(f"{value:>14}" if key != "device" else "" for key, value in row.items()))
-            rows.append(row)
-        del p
+
+    def measure(provider, tile, name, shape, call, error, units):
+        t, h, i, e, k = map(int, shape.split(","))
+        row = {"kernel": name, "shape": shape, "provider": provider, "tile": tile, "error": f"{error:.1e}"}
+        # One quantization of a result is 2.6%.
+        if not error < 0.035:
+            print(f"{provider} {name} {shape}: WRONG, off by {error:.1e}; not timed")
+            return row
+        found = under_load(call, args.seconds)
+        row |= {"us": f"{found['us']:.1f}", "tflops": f"{2 * units * t * k * h * i / found['us'] / 1e6:.0f}"}
+        return row | {"mhz": found["mhz"], "watts": found["watts"]}
+
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in args.shapes:
+            p = problem(*map(int, shape.split(",")))
+            theirs = DeepGemm(args.deepgemm, args.cutlass, p, folder) if args.deepgemm else None
+            for name, call, units, result, wanted in cases(p):
+                error = relative(result(call()), wanted(product(p, name)))
+                found = [measure("sonicmoe", "", name, shape, call, error, units)]
+                wrong += "us" not in found[0]
+                if theirs is not None:
+                    found.append(fastest(theirs, p, name, shape, units, measure))
+                for row in found:
+                    print("  ".join(f"{value:>14}" for value in row.values()), flush=True)
+                rows += [row | {"device": device} for row in found]
+            del p, theirs
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as target:
-            names = ["kernel", "shape", "device", "error", "burst_us", "load_us", "burst_tflops", "load_tflops"]
+            names = ["kernel", "shape", "provider", "tile", "error", "us", "tflops", "mhz", "watts", "device"]
             table = csv.DictWriter(target, names)
             table.writeheader()
             table.writerows(rows)
     return 1 if wrong else 0
+
+
+def fastest(theirs, p, name, shape, units, measure) -> dict:
+    """DeepGEMM's row for one GEMM. Its results, products without an epilogue, are checked as such."""
+    wanted, found = product(p, name), []
+    operands = wgrad_operands(p).get(name)
+    calls = theirs.wgrad(name, *operands) if operands else theirs.rows(name, *row_operands(p)[name])
+    for tile, call, first in calls:
+        call()
+        error = relative(first, wanted)
+        found.append(measure("deepgemm", tile, name, shape, call, error, units))
+    return min(found, key=lambda row: float(row.get("us", "inf")))
 
 
 if __name__ == "__main__":
