@@ -1,9 +1,8 @@
 // The part that all grouped FP8 GEMMs share: how operands get into shared memory, and the sum.
 //
-// One warpgroup loads, two multiply. Most often each has 64 rows of a tile of 128 x 128, and two such tiles are made from
-// one load of what these have in common: shared memory is what limits the tensor cores here. While one warpgroup adds
-// up, the other has the tensor cores. Where storing takes about as long as multiplying, each has tiles of its own, and
-// stores while the other multiplies. Two blocks are a cluster and share what they both need of one operand, each loading
+// One warpgroup loads, two multiply. Most often each has 64 rows of a tile. A tile has 192 columns, or two tiles of 128
+// are made from one load of what these have in common. Where storing takes about as long as multiplying, each warpgroup
+// has tiles of its own, and stores while the other multiplies. Two blocks are a cluster and share what they both need of one operand, each loading
 // one half of it for both: neighbours in columns share A; where tokens are gathered, which no bulk copy does, neighbours
 // in tokens share the weights.
 #pragma once
@@ -173,13 +172,18 @@ struct StripScales {
   }
 };
 
-template <class Kind>
-__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int sum, float (&part)[kSumSize<Kind>]) {
+// ``between``: done when the first of the products is under way.
+template <class Kind, class Between>
+__device__ __forceinline__ void multiply_stage(const Ring<Kind>& ring, int s, int sum, float (&part)[kSumSize<Kind>],
+                                               Between between) {
   const Operand a = ring.a(s, sum), b = ring.b(s, sum);
   pin(part);
   product_fence();
 #pragma unroll
-  for (int k = 0; k < kTile / 32; ++k) product(part, further(a, 32 * k), further(b, 32 * k), k > 0);
+  for (int k = 0; k < kTile / 32; ++k) {
+    product(part, further(a, 32 * k), further(b, 32 * k), k > 0);
+    if (k == 0) between();
+  }
   product_commit();
 }
 
@@ -217,10 +221,12 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
   auto begin = [&](int step, int sum) {
     const int s = stage.index;
     if (sum == 0) barrier_wait(ring.full(s), stage.round);
-    // The two warpgroups take turns, or the tensor cores would finish both at once, and wait while both add up.
-    wait_for_turn(ring, me, stage);
-    multiply_stage(ring, s, sum, part);
-    give_turn(ring, me, stage);
+    // To add up takes long where columns have scales of their own. The warpgroups begin in turns there, or the tensor
+    // cores would finish both at once, and wait while both add up. Elsewhere the turns cost more than they save.
+    if constexpr (Kind::kStrips) wait_for_turn(ring, me, stage);
+    multiply_stage(ring, s, sum, part, [&] {
+      if constexpr (Kind::kStrips) give_turn(ring, me, stage);
+    });
     row = scales.rows(step, sum, Kind::kStrips ? ring.a_strip(s) : 0);
     if constexpr (kWide) right = scales.rows(step, 1, 0);
     // In registers before the products are waited for, and there for the other tile: a load of them takes as long from
@@ -282,7 +288,7 @@ __device__ __forceinline__ void sum_steps_alone(const Ring<Kind>& ring, const La
     barrier_wait(ring.full(stage.index), stage.round);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      multiply_stage(ring, stage.index, half, part);
+      multiply_stage(ring, stage.index, half, part, [] {});
       if (half == 1 && step == unit.steps - 1) give_turn(ring, me, stage);
       const float2 row = scales.rows(step, half, 0);
       product_wait();

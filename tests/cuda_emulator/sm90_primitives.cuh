@@ -396,8 +396,9 @@ void registers_down() {}
 using Operand = uint64_t;
 inline Operand operand(Address tile) { return tile / 16; }
 inline Operand further(Operand tile, int bytes) { return tile + bytes / 16; }
-inline void product_fence() {}
-inline void product_commit() { emulator::meet(emulator::warp().meeting, 32); }  // the warp gives its products together
+// A warp's lanes do these together.
+inline void product_fence() { emulator::meet(emulator::warp().meeting, 32); }
+inline void product_commit() { emulator::meet(emulator::warp().meeting, 32); }
 template <int kSize>
 void product(float (&d)[kSize], uint64_t a, uint64_t b, bool add) {
   cluster->current->products.push_back({d, a, b, add, kSize});
