@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
       if (all_valid) load_probs(p.probs, first, slots, held);
 #pragma unroll 1
       for (int e = lane_id(); e < experts; e += 32) mine[e] = 0;
-      if (all_valid) place_all_slots(task, first, slots, held);
       __syncwarp();
       const int valid = rank_slots(experts, held, mine);
       if (lane_id() == 0) shared.valid_of_warp[placer_warp()] = valid;
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     __syncwarp();
     const int of_warp = lane_id() < kPlacerWarps ? shared.valid_of_warp[lane_id()] : 0;
     const int valid_before = warp_sum(lane_id() < placer_warp() ? of_warp : 0), valid = warp_sum(of_warp);
-    if (is_placer) stage_tile(task, begin, first, valid_before, mine, held, shared);
+    if (is_placer) stage_tile(task, begin, first, valid_before, all_valid, mine, held, shared);
 
     if (tile == 0) {
       grid.barrier_wait(std::move(arrival));

@@ -236,27 +236,33 @@ __device__ __forceinline__ void look_up(const Held<kPerThread>& held, const int3
 }
 
 // Puts the tile's slots into their order by expert, and `key` on their places in it. `mine` is where the warp's first
-// slot of each expert goes.
+// slot of each expert goes. Where every slot is valid, a slot's number is its own: what is indexed by it waits for
+// nobody. It is written here, and not before: what other blocks wait for would wait behind it.
 template <int kPerThread>
 __device__ __forceinline__ void stage_tile(const Task& task, uint32_t begin, uint32_t first, int valid_before,
-                                           const int32_t* mine, Held<kPerThread>& held, Shared<kPerThread>& shared) {
+                                           bool all_valid, const int32_t* mine, Held<kPerThread>& held,
+                                           Shared<kPerThread>& shared) {
+  const TopkProblem& p = task.p;
   const uint32_t first_token = begin / task.topk;
   const unsigned below = (1u << lane_id()) - 1;
   int begins[kPerThread];
   look_up(held, mine, begins);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const bool is_valid = held.key[i] >= 0;
+    const bool is_valid = held.key[i] >= 0, is_placed = is_valid && all_valid;
     const unsigned among = __ballot_sync(kAllLanes, is_valid);
     held.key[i] += begins[i];
-    const uint32_t token = (first + i * 32) / task.topk - first_token;
+    const uint32_t slot = first + i * 32, token = slot / task.topk;
     const int place = settled(held.key[i] & 0xffff), expert = settled(held.key[i] >> 16);
-    const uint32_t slot = settled(token << 16 | (valid_before + __popc(among & below)));
+    const uint32_t staged = settled((token - first_token) << 16 | (valid_before + __popc(among & below)));
     if (is_valid) {
-      shared.slot[place] = slot;
+      shared.slot[place] = staged;
       shared.expert[place] = static_cast<uint16_t>(expert);
     }
     valid_before += __popc(among);
+    store_if(is_placed, p.score_src_idx, slot, static_cast<int32_t>(slot));
+    store_if(is_placed, p.scores, slot, held.prob[i]);
+    store_if(is_placed && slot == token * p.n_topk, p.slot_offset, token, static_cast<int32_t>(slot));
   }
 }
 
@@ -267,25 +273,8 @@ __device__ __forceinline__ void copy_scale_row(const ScaleRows& scales, int64_t 
   for (int w = lane_id(); w < scales.words; w += 32) to[w] = from[w];
 }
 
-// Where every slot is valid, its number is its own, and these arrays wait for nobody.
-template <int kPerThread>
-__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t first, uint32_t slots,
-                                                const Held<kPerThread>& held) {
-  const TopkProblem& p = task.p;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t slot = first + i * 32, token = slot / task.topk;
-    store_if(slot < slots, p.score_src_idx, slot, static_cast<int32_t>(slot));
-    store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, static_cast<int32_t>(slot));
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t slot = first + i * 32;
-    store_if(slot < slots, p.scores, slot, held.prob[i]);
-  }
-}
-
-// Elsewhere they want to know how many valid slots come before: the warp's first has `number`.
+// What is indexed by a slot's number, which wants to know how many valid slots come before: the warp's first has
+// `number`.
 template <int kPerThread>
 __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, uint32_t slots, int number,
                                             const Held<kPerThread>& held) {
