@@ -196,6 +196,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     }
   }
 
+  // Every pad is a row without a slot, of an expert or behind the last.
+  if (p.n_rows == p.n_slots) return;
   // Pads, experts dealt out over the blocks. Behind the last expert's rows lie those that nobody needed.
 #pragma unroll 1
   for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {
