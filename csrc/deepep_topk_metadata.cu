@@ -79,13 +79,14 @@ __device__ void reject(const TopkProblem& p, int slots, int rows) {
   __trap();
 }
 
-template <int kPerThread>
+// kOneTile: a run is no more than that. Without the loop over tiles, code is half as long.
+template <int kPerThread, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata(Task task) {
   extern __shared__ int32_t dynamic[];
   auto& shared = *reinterpret_cast<Shared<kPerThread>*>(dynamic);
   const TopkProblem& p = task.p;
   const auto grid = cooperative_groups::this_grid();
-  const int experts = p.n_experts, stride = counts_of_warp(experts), tiles = task.cut.tiles;
+  const int experts = p.n_experts, stride = counts_of_warp(experts), tiles = kOneTile ? 1 : task.cut.tiles;
   int32_t* const tables = dynamic + sizeof(shared) / sizeof(int32_t);
   int32_t *const of_tile = tables + kCount * experts, *const here = tables + kHere * experts;
   int32_t *const next = tables + kNext * experts, *const base = tables + kBase * experts;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   int32_t *const pad_row = tables + kPadRow * experts, *const pad_number = tables + kPadNumber * experts;
   int32_t* const pads = tables + kPads * experts;
   int32_t *const warp_count = tables + kTables * experts, *const mine = warp_count + placer_warp() * stride;
-  const bool is_placer = placer_warp() >= 0;
+  const bool is_placer = __shfl_sync(kAllLanes, placer_warp(), 0) >= 0;  // which the compiler then knows of all lanes
   const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
   // By the caller's counts, which are looked into later; arrays of this size have room for what is written till then.
   const bool all_valid = p.n_slots == slots;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   for (int tile = 0; tile < tiles; ++tile) {
     const uint32_t begin = run + tile * kTile, first = begin + in_tile;
     if (is_placer) {
+      if (all_valid) load_probs(p.probs, first, slots, held);  // which nobody waits for here
       load_experts(p, first, slots, held);
-      if (all_valid) load_probs(p.probs, first, slots, held);
 #pragma unroll 1
       for (int e = lane_id(); e < experts; e += 32) mine[e] = 0;
       __syncwarp();
@@ -230,12 +231,15 @@ void launch_tiles(const Task& task, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
+  // Runs are only cut into tiles where threads have as many slots as they can hold.
+  constexpr bool kNeverTiles = kPerThread < kMaxPerThread;
+  const auto kernel = task.cut.tiles > 1 ? build_metadata<kPerThread, kNeverTiles> : build_metadata<kPerThread, true>;
   // More has to be asked for.
   if (config.dynamicSmemBytes > 48 * 1024) {
-    cudaFuncSetAttribute(build_metadata<kPerThread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(config.dynamicSmemBytes));
   }
-  cudaLaunchKernelEx(&config, build_metadata<kPerThread>, task);
+  cudaLaunchKernelEx(&config, kernel, task);
 }
 
 const char* last_error() {

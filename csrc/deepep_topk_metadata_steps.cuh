@@ -79,13 +79,26 @@ struct Held {
   float prob[kPerThread];
 };
 
-// All loads are under way at once, which they would not be with a branch for each.
+// A thread's words of a tile, `none` for those that are not here. All loads are under way at once, which they would not
+// be with a branch for each, and hardly with a condition.
+template <int kPerThread, typename Word>
+__device__ __forceinline__ void load_words(const Word* from, uint32_t first, uint32_t slots, Word none,
+                                           Word (&word)[kPerThread]) {
+  from += first;
+  if (first - lane_id() + kPerThread * 32 <= slots) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) word[i] = from[i * 32];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) word[i] = first + i * 32 < slots ? from[i * 32] : none;
+  }
+}
+
 template <int kPerThread, typename Id>
 __device__ __forceinline__ void load_ids(const Id* ids, int experts, uint32_t first, uint32_t slots,
                                          Held<kPerThread>& held) {
   Id id[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) id[i] = first + i * 32 < slots ? ids[first + i * 32] : Id{-1};
+  load_words(ids, first, slots, Id{-1}, id);
   // Compared before it is narrowed, as in expert_of.
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) held.key[i] = id[i] >= 0 && id[i] < experts ? static_cast<int>(id[i]) : -1;
@@ -103,8 +116,7 @@ __device__ __forceinline__ void load_experts(const TopkProblem& p, uint32_t firs
 
 template <int kPerThread>
 __device__ __forceinline__ void load_probs(const float* probs, uint32_t first, uint32_t slots, Held<kPerThread>& held) {
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) held.prob[i] = first + i * 32 < slots ? probs[first + i * 32] : 0.0f;
+  load_words(probs, first, slots, 0.0f, held.prob);
 }
 
 // Adds the slots to `count`, by expert: sums, in which no order shows.
