@@ -44,8 +44,8 @@ __device__ __forceinline__ void publish(const Task& task, int expert, int count)
 }
 
 // Sums each expert's counts: of all runs, and of those before this one.
+template <int kAtOnce>
 __device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
-  constexpr int kAtOnce = 4;
   const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
 #pragma unroll 1
   for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
 
     if (tile == 0) {
       grid.barrier_wait(std::move(arrival));
-      sum_runs(task, total, earlier);
+      sum_runs<4>(task, total, earlier);
       __syncthreads();
       if (!is_placer) {
         int before_run = 0;
@@ -211,6 +211,105 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   }
 }
 
+// Makes the warps' counts of an expert the numbers of its slots in warps before each, and publishes the sum. Half a
+// placer warp does so for an expert, with a lane for each warp.
+template <int kPerThread>
+__device__ __forceinline__ void sum_warps_of_few(const Task& task, SharedOfFew<kPerThread>& shared) {
+  static_assert(kPlacerWarps == 16 && kFewExperts == 2 * kPlacerWarps);
+  const int warp = lane_id() % kPlacerWarps, expert = placer_warp() * 2 + lane_id() / kPlacerWarps;
+  int32_t* const count = &shared.warp_count[warp][expert];
+  const int own = *count;
+  int upto = own;
+#pragma unroll
+  for (int step = 1; step < kPlacerWarps; step <<= 1) {
+    const int from_below = __shfl_up_sync(kAllLanes, upto, step);
+    if (warp >= step) upto += from_below;
+  }
+  if (warp == kPlacerWarps - 1) {
+    if (expert < task.p.n_experts) publish(task, expert, upto);
+    shared.of_tile[expert] = upto;
+  }
+  *count = upto - own;
+}
+
+// Of the lane's expert, once the runs' counts are summed: all its slots, its first row, and that behind its pads.
+struct RowsOfLane {
+  int total, first, end;
+};
+
+__device__ __forceinline__ RowsOfLane rows_of_lane(const Task& task, const int32_t* total) {
+  RowsOfLane rows{lane_id() < task.p.n_experts ? total[lane_id()] : 0, 0, 0};
+  const int filled = static_cast<int>((rows.total + task.p.block - 1) / task.block) * task.p.block;
+  rows.end = sum_of_lanes_upto(filled);
+  rows.first = rows.end - filled;
+  return rows;
+}
+
+// The same for at most 32 experts and runs of one tile. Every warp sums over the experts on its own, lane by lane:
+// nobody waits for the clerk to do so, and what a slot has to know of its expert comes from a lane. A run's counts are
+// out before its slots are ranked. kAllValid: they all are, by the caller's counts.
+template <int kPerThread, bool kAllValid>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata_of_few(Task task) {
+  extern __shared__ int32_t dynamic[];
+  auto& shared = *reinterpret_cast<SharedOfFew<kPerThread>*>(dynamic);
+  const TopkProblem& p = task.p;
+  const auto grid = cooperative_groups::this_grid();
+  const int experts = p.n_experts, expert = lane_id();
+  const bool is_placer = __shfl_sync(kAllLanes, placer_warp(), 0) >= 0;
+  const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
+  const uint32_t begin = blockIdx.x * kPerThread * kPlacers, in_tile = placer_warp() * kPerThread * 32 + lane_id();
+
+  Held<kPerThread> held;
+  unsigned mine[kPerThread];
+  if (is_placer) {
+    if (kAllValid) load_probs(p.probs, begin + in_tile, slots, held);  // which nobody waits for here
+    load_experts(p, begin + in_tile, slots, held);
+    shared.warp_count[placer_warp()][expert] = find_slots_of_lane(experts, held, mine);
+  }
+  __syncthreads();
+  if (is_placer) sum_warps_of_few(task, shared);
+  auto arrival = grid.barrier_arrive();  // the block's threads meet here, as below
+  const int of_tile = shared.of_tile[expert], before = is_placer ? shared.warp_count[placer_warp()][expert] : 0;
+  const int upto = sum_of_lanes_upto(of_tile), valid = of_lane(upto, 31), here = upto - of_tile;
+  const int valid_before = kAllValid ? 0 : warp_sum(before);
+  if (is_placer) {
+    stage_tile_of_few<kAllValid>(task, begin, in_tile, slots, valid_before, here + before, mine, held, shared);
+  }
+
+  grid.barrier_wait(std::move(arrival));
+  sum_runs<2>(task, shared.total, shared.earlier);
+  if (is_placer && !kAllValid) load_probs(p.probs, begin + in_tile, slots, held);
+  __syncthreads();
+  const RowsOfLane own = rows_of_lane(task, shared.total);
+  const int earlier = expert < experts ? shared.earlier[expert] : 0;
+  const int valid_slots = warp_sum(own.total), rows = of_lane(own.end, 31);
+  const int compact = kAllValid ? static_cast<int>(begin) : warp_sum(earlier);
+  if (valid_slots != p.n_slots || (p.bounded ? rows > p.n_rows : rows != p.n_rows)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) reject(p, valid_slots, rows);
+    return;
+  }
+  if (is_placer) {
+    const int base = own.first + earlier - here;
+    place_tile_of_few<kAllValid>(task, begin, in_tile, slots, compact, valid_before, valid, base, held, shared);
+  } else if (blockIdx.x == 0) {
+    if (expert < experts) p.expert_offset[expert] = own.first;
+    if (expert == 0) p.expert_offset[experts] = rows;
+    if (expert == 0) p.slot_offset[p.n_tokens] = valid_slots;
+  }
+
+  if (p.n_rows == p.n_slots) return;
+#pragma unroll 1
+  for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {
+    const bool behind = other == experts;
+    const int row = behind ? rows : of_lane(own.first + own.total, other);
+    const int more = (behind ? p.n_rows : of_lane(own.end, other)) - row;
+    const int number = row - warp_sum(expert <= other ? own.total : 0);
+#pragma unroll 1
+    for (int j = threadIdx.x; j < more; j += kThreads) place_pad(p, number + j, row + j);
+    for (int j = warp_id(); j < more && task.scales.words; j += kWarps) copy_scale_row(task.scales, 0, row + j);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) check_rows(TopkProblem p, unsigned long long* verdict) {
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; t < p.n_tokens;
        t += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -227,13 +326,18 @@ void launch_tiles(const Task& task, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(task.cut.runs);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes<kPerThread>(task.p.n_experts);
+  // Runs are only cut into tiles where threads have as many slots as they can hold.
+  constexpr bool kNeverTiles = kPerThread < kMaxPerThread;
+  const bool few = task.p.n_experts <= kFewExperts && task.cut.tiles == 1;
+  const bool all_valid = task.p.n_slots == int64_t{task.p.n_tokens} * task.p.n_topk;
+  const auto kernel = few && all_valid        ? build_metadata_of_few<kPerThread, true>
+                      : few                   ? build_metadata_of_few<kPerThread, false>
+                      : task.cut.tiles == 1   ? build_metadata<kPerThread, true>
+                                              : build_metadata<kPerThread, kNeverTiles>;
+  config.dynamicSmemBytes = few ? sizeof(SharedOfFew<kPerThread>) : shared_bytes<kPerThread>(task.p.n_experts);
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  // Runs are only cut into tiles where threads have as many slots as they can hold.
-  constexpr bool kNeverTiles = kPerThread < kMaxPerThread;
-  const auto kernel = task.cut.tiles > 1 ? build_metadata<kPerThread, kNeverTiles> : build_metadata<kPerThread, true>;
   // More has to be asked for.
   if (config.dynamicSmemBytes > 48 * 1024) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -343,5 +343,142 @@ __device__ __forceinline__ void place_rows(const Task& task, uint32_t begin, int
   }
 }
 
+// ---- At most 32 experts: in every warp, lane e knows what there is to know of expert e ------------------------------
+
+constexpr int kFewExperts = 32;
+
+template <int kPerThread>
+struct SharedOfFew {
+  static_assert(kPerThread * kPlacers <= 4096);
+  // In order by expert: token in the tile << 17 | number in the tile << 5 | expert.
+  uint32_t slot[kPerThread * kPlacers];
+  int32_t warp_count[kPlacerWarps][kFewExperts | 1];
+  int32_t of_tile[kFewExperts], total[kFewExperts], earlier[kFewExperts];
+};
+
+__device__ __forceinline__ int of_lane(int value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
+
+// The sum of a number over this lane and those below.
+__device__ __forceinline__ int sum_of_lanes_upto(int number) {
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int from_below = __shfl_up_sync(kAllLanes, number, step);
+    if (lane_id() >= step) number += from_below;
+  }
+  return number;
+}
+
+// The lanes whose slots are of this lane's expert, in `mine`. Returns how many slots of the warp are.
+template <int kPerThread>
+__device__ __forceinline__ int find_slots_of_lane(int experts, const Held<kPerThread>& held,
+                                                  unsigned (&mine)[kPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) mine[i] = __ballot_sync(kAllLanes, held.key[i] >= 0);
+#pragma unroll 1
+  for (int bit = 1; bit < experts; bit <<= 1) {
+    const unsigned unset = lane_id() & bit ? 0u : kAllLanes;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) mine[i] &= __ballot_sync(kAllLanes, held.key[i] & bit) ^ unset;
+  }
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) count += __popc(mine[i]);
+  return lane_id() < experts ? count : 0;
+}
+
+// As stage_tile. `mine` are the lanes whose slots are of this lane's expert, `next` is where the first of them goes.
+template <bool kAllValid, int kPerThread>
+__device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
+                                                  int valid_before, int next, const unsigned (&mine)[kPerThread],
+                                                  Held<kPerThread>& held, SharedOfFew<kPerThread>& shared) {
+  const TopkProblem& p = task.p;
+  const uint32_t first = begin + in_tile, first_token = begin / task.topk;
+  const unsigned below = (1u << lane_id()) - 1;
+  int32_t* const score_src_idx = p.score_src_idx + first;
+  float* const scores = p.scores + first;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int expert = held.key[i];  // of a slot that is not here: any lane's number, and no use made of it
+    const unsigned peers = __shfl_sync(kAllLanes, mine[i], expert);
+    held.key[i] = expert << 16 | (of_lane(next, expert) + __popc(peers & below));
+    next += __popc(mine[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const bool is_valid = held.key[i] >= 0;
+    uint32_t number = in_tile + i * 32;
+    if (!kAllValid) {
+      const unsigned among = __ballot_sync(kAllLanes, is_valid);
+      number = valid_before + __popc(among & below);
+      valid_before += __popc(among);
+    }
+    const uint32_t token = (first + i * 32) / task.topk - first_token;
+    store_if(is_valid, shared.slot, held.key[i] & 0xffff, token << 17 | number << 5 | (held.key[i] >> 16));
+    if (kAllValid && is_valid) {
+      score_src_idx[i * 32] = static_cast<int32_t>(first + i * 32);
+      scores[i * 32] = held.prob[i];
+    }
+  }
+  if (!kAllValid) return;
+  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
+#pragma unroll 1
+  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
+    p.slot_offset[token] = static_cast<int32_t>(token * topk);
+  }
+}
+
+// What place_slots and place_rows do. `base` is the row of the first slot of the lane's expert in the tile, less its
+// place in the tile's order.
+template <bool kAllValid, int kPerThread>
+__device__ __forceinline__ void place_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
+                                                  int compact, int valid_before, int valid, int base,
+                                                  const Held<kPerThread>& held,
+                                                  const SharedOfFew<kPerThread>& shared) {
+  const TopkProblem& p = task.p;
+  const uint32_t first = begin + in_tile;
+  int row[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, held.key[i] >> 16) + (held.key[i] & 0xffff);
+  if (kAllValid) {
+    int32_t* const to = p.s_reverse_scatter_idx + first;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (held.key[i] >= 0) to[i * 32] = row[i];
+    }
+  } else {
+    const unsigned below = (1u << lane_id()) - 1;
+    int number = compact + valid_before;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const bool is_valid = held.key[i] >= 0;
+      const unsigned among = __ballot_sync(kAllLanes, is_valid);
+      const int mine = number + __popc(among & below);
+      const uint32_t slot = first + i * 32, token = slot / task.topk;
+      store_if(is_valid, p.s_reverse_scatter_idx, mine, row[i]);
+      store_if(is_valid, p.score_src_idx, mine, static_cast<int32_t>(slot));
+      store_if(is_valid, p.scores, mine, held.prob[i]);
+      store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, mine);
+      number += __popc(among);
+    }
+  }
+  const int first_token = begin / task.topk, mine = placer_warp() * 32 + lane_id();
+  uint32_t slot[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) slot[i] = shared.slot[i * kPlacers + mine];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, slot[i] % kFewExperts) + i * kPlacers + mine;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int place = i * kPlacers + mine;
+    store_if(place < valid, p.x_gather_idx, row[i], first_token + static_cast<int>(slot[i] >> 17));
+    store_if(place < valid, p.s_scatter_idx, row[i], compact + static_cast<int>(slot[i] >> 5 & 0xfff));
+  }
+#pragma unroll 1
+  for (int i = placer_warp(); i < valid && task.scales.words; i += kPlacerWarps) {
+    const uint32_t from = shared.slot[i];
+    copy_scale_row(task.scales, first_token + static_cast<int>(from >> 17), of_lane(base, from % kFewExperts) + i);
+  }
+}
+
 }  // namespace
 }  // namespace sonicmoe
