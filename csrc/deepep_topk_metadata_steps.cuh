@@ -461,17 +461,23 @@ __device__ __forceinline__ void place_tile_of_few(const Task& task, uint32_t beg
       number += __popc(among);
     }
   }
-  const int first_token = begin / task.topk, mine = placer_warp() * 32 + lane_id();
+  const int first_token = begin / task.topk;
   uint32_t slot[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) slot[i] = shared.slot[i * kPlacers + mine];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, slot[i] % kFewExperts) + i * kPlacers + mine;
+  int place[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int place = i * kPlacers + mine;
-    store_if(place < valid, p.x_gather_idx, row[i], first_token + static_cast<int>(slot[i] >> 17));
-    store_if(place < valid, p.s_scatter_idx, row[i], compact + static_cast<int>(slot[i] >> 5 & 0xfff));
+    place[i] = (i * kPlacerWarps + placer_warp()) * 32 + lane_id();
+    // Where a tile is not full, its last row is then written again, which costs less than a condition in all the others.
+    if (kAllValid) place[i] = min(place[i], valid - 1);
+    slot[i] = shared.slot[place[i]];
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, slot[i] % kFewExperts) + place[i];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const bool is_here = kAllValid || place[i] < valid;
+    store_if(is_here, p.x_gather_idx, row[i], first_token + static_cast<int>(slot[i] >> 17));
+    store_if(is_here, p.s_scatter_idx, row[i], compact + static_cast<int>(slot[i] >> 5 & 0xfff));
   }
 #pragma unroll 1
   for (int i = placer_warp(); i < valid && task.scales.words; i += kPlacerWarps) {
