@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   const int upto = sum_of_lanes_upto(of_tile), valid = of_lane(upto, 31), here = upto - of_tile;
   const int valid_before = kAllValid ? 0 : warp_sum(before);
   if (is_placer) {
-    stage_tile_of_few<kAllValid>(task, begin, in_tile, slots, valid_before, here + before, mine, held, shared);
+    stage_tile_of_few<kAllValid>(task, begin, in_tile, valid_before, here + before, mine, held, shared);
+    if (kAllValid) place_all_slots(task, begin, in_tile, slots, held);
   }
 
   grid.barrier_wait(std::move(arrival));

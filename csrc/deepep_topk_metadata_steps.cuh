@@ -94,6 +94,20 @@ __device__ __forceinline__ void load_words(const Word* from, uint32_t first, uin
   }
 }
 
+template <int kPerThread, typename Word>
+__device__ __forceinline__ void store_words(Word* to, uint32_t first, uint32_t slots, const Word (&word)[kPerThread]) {
+  to += first;
+  if (first - lane_id() + kPerThread * 32 <= slots) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) to[i * 32] = word[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (first + i * 32 < slots) to[i * 32] = word[i];
+    }
+  }
+}
+
 template <int kPerThread, typename Id>
 __device__ __forceinline__ void load_ids(const Id* ids, int experts, uint32_t first, uint32_t slots,
                                          Held<kPerThread>& held) {
@@ -386,16 +400,30 @@ __device__ __forceinline__ int find_slots_of_lane(int experts, const Held<kPerTh
   return lane_id() < experts ? count : 0;
 }
 
+// Where every slot is valid, its number is its own: what is indexed by it waits for nobody.
+template <int kPerThread>
+__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
+                                                const Held<kPerThread>& held) {
+  const TopkProblem& p = task.p;
+  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
+  int32_t number[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) number[i] = static_cast<int32_t>(begin + in_tile + i * 32);
+  store_words(p.score_src_idx, begin + in_tile, slots, number);
+  store_words(p.scores, begin + in_tile, slots, held.prob);
+#pragma unroll 1
+  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
+    p.slot_offset[token] = static_cast<int32_t>(token * topk);
+  }
+}
+
 // As stage_tile. `mine` are the lanes whose slots are of this lane's expert, `next` is where the first of them goes.
 template <bool kAllValid, int kPerThread>
-__device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
-                                                  int valid_before, int next, const unsigned (&mine)[kPerThread],
+__device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, int valid_before,
+                                                  int next, const unsigned (&mine)[kPerThread],
                                                   Held<kPerThread>& held, SharedOfFew<kPerThread>& shared) {
-  const TopkProblem& p = task.p;
   const uint32_t first = begin + in_tile, first_token = begin / task.topk;
   const unsigned below = (1u << lane_id()) - 1;
-  int32_t* const score_src_idx = p.score_src_idx + first;
-  float* const scores = p.scores + first;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int expert = held.key[i];  // of a slot that is not here: any lane's number, and no use made of it
@@ -414,16 +442,6 @@ __device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t beg
     }
     const uint32_t token = (first + i * 32) / task.topk - first_token;
     store_if(is_valid, shared.slot, held.key[i] & 0xffff, token << 17 | number << 5 | (held.key[i] >> 16));
-    if (kAllValid && is_valid) {
-      score_src_idx[i * 32] = static_cast<int32_t>(first + i * 32);
-      scores[i * 32] = held.prob[i];
-    }
-  }
-  if (!kAllValid) return;
-  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
-#pragma unroll 1
-  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
-    p.slot_offset[token] = static_cast<int32_t>(token * topk);
   }
 }
 
