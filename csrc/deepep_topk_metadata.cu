@@ -79,7 +79,7 @@ __device__ void reject(const TopkProblem& p, int slots, int rows) {
   __trap();
 }
 
-// kOneTile: a run is no more than that. Without the loop over tiles, code is half as long.
+// kOneTile: a run is no more than that. There is less code to fetch then, and less to hold in registers.
 template <int kPerThread, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata(Task task) {
   extern __shared__ int32_t dynamic[];
@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     __syncwarp();
     const int of_warp = lane_id() < kPlacerWarps ? shared.valid_of_warp[lane_id()] : 0;
     const int valid_before = warp_sum(lane_id() < placer_warp() ? of_warp : 0), valid = warp_sum(of_warp);
-    if (is_placer) stage_tile(task, begin, first, valid_before, all_valid, mine, held, shared);
+    if (is_placer) stage_tile(task, begin, first, valid_before, mine, held, shared);
+    if (is_placer && all_valid) place_all_slots(task, begin, in_tile, slots, held);
 
     if (tile == 0) {
       grid.barrier_wait(std::move(arrival));
@@ -331,10 +332,10 @@ void launch_tiles(const Task& task, cudaStream_t stream) {
   constexpr bool kNeverTiles = kPerThread < kMaxPerThread;
   const bool few = task.p.n_experts <= kFewExperts && task.cut.tiles == 1;
   const bool all_valid = task.p.n_slots == int64_t{task.p.n_tokens} * task.p.n_topk;
-  const auto kernel = few && all_valid        ? build_metadata_of_few<kPerThread, true>
-                      : few                   ? build_metadata_of_few<kPerThread, false>
-                      : task.cut.tiles == 1   ? build_metadata<kPerThread, true>
-                                              : build_metadata<kPerThread, kNeverTiles>;
+  const auto kernel = few && all_valid      ? build_metadata_of_few<kPerThread, true>
+                      : few                 ? build_metadata_of_few<kPerThread, false>
+                      : task.cut.tiles == 1 ? build_metadata<kPerThread, true>
+                                            : build_metadata<kPerThread, kNeverTiles>;
   config.dynamicSmemBytes = few ? sizeof(SharedOfFew<kPerThread>) : shared_bytes<kPerThread>(task.p.n_experts);
   config.stream = stream;
   config.attrs = &together;

@@ -94,6 +94,7 @@ __device__ __forceinline__ void load_words(const Word* from, uint32_t first, uin
   }
 }
 
+// The same for stores.
 template <int kPerThread, typename Word>
 __device__ __forceinline__ void store_words(Word* to, uint32_t first, uint32_t slots, const Word (&word)[kPerThread]) {
   to += first;
@@ -150,8 +151,9 @@ struct Sums {
 
 // One warp's exclusive sums over the experts: of(e) are an expert's numbers, put(e, numbers, sums) takes those of all
 // before it. Returns the sums of all. So many times 32 experts go through the shuffles at once.
-template <int kSums, int kAtOnce, typename Of, typename Put>
+template <int kSums, typename Of, typename Put>
 __device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) {
+  constexpr int kAtOnce = 2;
   Sums<kSums> before{};
 #pragma unroll 1
   for (int first = lane_id(); first - lane_id() < experts; first += 32 * kAtOnce) {
@@ -181,11 +183,6 @@ __device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) 
     }
   }
   return before;
-}
-
-template <int kSums, typename Of, typename Put>
-__device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) {
-  return experts <= 32 ? sum_experts<kSums, 1>(experts, of, put) : sum_experts<kSums, 2>(experts, of, put);
 }
 
 // Shared memory: this, then a table of kTables words for each expert, then [kPlacerWarps][E | 1] slots by warp.
@@ -262,33 +259,27 @@ __device__ __forceinline__ void look_up(const Held<kPerThread>& held, const int3
 }
 
 // Puts the tile's slots into their order by expert, and `key` on their places in it. `mine` is where the warp's first
-// slot of each expert goes. Where every slot is valid, a slot's number is its own: what is indexed by it waits for
-// nobody. It is written here, and not before: what other blocks wait for would wait behind it.
+// slot of each expert goes.
 template <int kPerThread>
 __device__ __forceinline__ void stage_tile(const Task& task, uint32_t begin, uint32_t first, int valid_before,
-                                           bool all_valid, const int32_t* mine, Held<kPerThread>& held,
-                                           Shared<kPerThread>& shared) {
-  const TopkProblem& p = task.p;
+                                           const int32_t* mine, Held<kPerThread>& held, Shared<kPerThread>& shared) {
   const uint32_t first_token = begin / task.topk;
   const unsigned below = (1u << lane_id()) - 1;
   int begins[kPerThread];
   look_up(held, mine, begins);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const bool is_valid = held.key[i] >= 0, is_placed = is_valid && all_valid;
+    const bool is_valid = held.key[i] >= 0;
     const unsigned among = __ballot_sync(kAllLanes, is_valid);
     held.key[i] += begins[i];
-    const uint32_t slot = first + i * 32, token = slot / task.topk;
+    const uint32_t token = (first + i * 32) / task.topk - first_token;
     const int place = settled(held.key[i] & 0xffff), expert = settled(held.key[i] >> 16);
-    const uint32_t staged = settled((token - first_token) << 16 | (valid_before + __popc(among & below)));
+    const uint32_t slot = settled(token << 16 | (valid_before + __popc(among & below)));
     if (is_valid) {
-      shared.slot[place] = staged;
+      shared.slot[place] = slot;
       shared.expert[place] = static_cast<uint16_t>(expert);
     }
     valid_before += __popc(among);
-    store_if(is_placed, p.score_src_idx, slot, static_cast<int32_t>(slot));
-    store_if(is_placed, p.scores, slot, held.prob[i]);
-    store_if(is_placed && slot == token * p.n_topk, p.slot_offset, token, static_cast<int32_t>(slot));
   }
 }
 
@@ -299,8 +290,24 @@ __device__ __forceinline__ void copy_scale_row(const ScaleRows& scales, int64_t 
   for (int w = lane_id(); w < scales.words; w += 32) to[w] = from[w];
 }
 
-// What is indexed by a slot's number, which wants to know how many valid slots come before: the warp's first has
-// `number`.
+// Where every slot is valid, its number is its own: what is indexed by it waits for nobody.
+template <int kPerThread>
+__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
+                                                const Held<kPerThread>& held) {
+  const TopkProblem& p = task.p;
+  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
+  int32_t number[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) number[i] = static_cast<int32_t>(begin + in_tile + i * 32);
+  store_words(p.score_src_idx, begin + in_tile, slots, number);
+  store_words(p.scores, begin + in_tile, slots, held.prob);
+#pragma unroll 1
+  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
+    p.slot_offset[token] = static_cast<int32_t>(token * topk);
+  }
+}
+
+// Elsewhere it wants to know how many valid slots come before: the warp's first has `number`.
 template <int kPerThread>
 __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, uint32_t slots, int number,
                                             const Held<kPerThread>& held) {
@@ -400,23 +407,6 @@ __device__ __forceinline__ int find_slots_of_lane(int experts, const Held<kPerTh
   return lane_id() < experts ? count : 0;
 }
 
-// Where every slot is valid, its number is its own: what is indexed by it waits for nobody.
-template <int kPerThread>
-__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
-                                                const Held<kPerThread>& held) {
-  const TopkProblem& p = task.p;
-  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
-  int32_t number[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) number[i] = static_cast<int32_t>(begin + in_tile + i * 32);
-  store_words(p.score_src_idx, begin + in_tile, slots, number);
-  store_words(p.scores, begin + in_tile, slots, held.prob);
-#pragma unroll 1
-  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
-    p.slot_offset[token] = static_cast<int32_t>(token * topk);
-  }
-}
-
 // As stage_tile. `mine` are the lanes whose slots are of this lane's expert, `next` is where the first of them goes.
 template <bool kAllValid, int kPerThread>
 __device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, int valid_before,
@@ -485,7 +475,7 @@ __device__ __forceinline__ void place_tile_of_few(const Task& task, uint32_t beg
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     place[i] = (i * kPlacerWarps + placer_warp()) * 32 + lane_id();
-    // Where a tile is not full, its last row is then written again, which costs less than a condition in all the others.
+    // Where a tile is not full, its last row is written again, which costs less than a condition everywhere else.
     if (kAllValid) place[i] = min(place[i], valid - 1);
     slot[i] = shared.slot[place[i]];
   }
