@@ -1,11 +1,13 @@
 // The CUDA version: one cooperative launch. Slots are cut into runs, one for each block, and runs into tiles. A block
-// ranks its first tile's slots by expert, which counts them, and publishes the counts of its run. While others do so, it
-// puts the tile into its order by expert, which needs nobody's counts. Once all blocks have published, it sums the counts,
-// and every slot knows its place. Ids and places stay in registers meanwhile. Ranks come from votes, never from atomics
-// that race for a place, so the arrays are the same bits each time.
+// counts its slots by expert and publishes the counts of its run. While others do so, it puts its first tile into its
+// order by expert, which needs nobody's counts. Once all blocks have published, it sums the counts, and every slot knows
+// its place. Ids and places stay in registers meanwhile. Ranks come from votes, never from atomics that race for a
+// place, so the arrays are the same bits each time.
 //
-// A block's first warp, the clerk, holds no slots: it sums over the experts and meets the other blocks while the rest,
-// the placers, deal with theirs.
+// A block's first warp, the clerk, holds no slots: it meets the other blocks while the rest, the placers, deal with
+// theirs. Two kernels do all this. In the one for at most 32 experts and runs of one tile each warp sums over the experts
+// for itself; in the other, for everything, the clerk does so for its block.
+#include "deepep_topk_metadata_few.cuh"
 #include "deepep_topk_metadata_steps.cuh"
 
 #include <cooperative_groups.h>
@@ -32,45 +34,6 @@ size_t shared_bytes(int experts) {
   return sizeof(Shared<kPerThread>) + sizeof(int32_t) * (kTables * experts + kPlacerWarps * counts_of_warp(experts));
 }
 
-// Puts this run's count of an expert where every block finds it.
-__device__ __forceinline__ void publish(const Task& task, int expert, int count) {
-  int32_t* to = task.run_count + expert * kMaxRuns + blockIdx.x;
-  *to = count;
-  // Readers take four at a time.
-  if (blockIdx.x + 1 == task.cut.runs) {
-#pragma unroll 1
-    for (int run = task.cut.runs; run % 4; ++run) *++to = 0;
-  }
-}
-
-// Sums each expert's counts: of all runs, and of those before this one.
-template <int kAtOnce>
-__device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
-  const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
-#pragma unroll 1
-  for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
-    int4 n[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      n[i] = make_int4(0, 0, 0, 0);
-      if (e + i * kWarps < experts && first < task.cut.runs) {
-        n[i] = __ldcg(reinterpret_cast<const int4*>(task.run_count + (e + i * kWarps) * kMaxRuns + first));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (e + i * kWarps >= experts) break;
-      const int of_all = warp_sum(n[i].x + n[i].y + n[i].z + n[i].w);
-      const int of_earlier = warp_sum((before > 0 ? n[i].x : 0) + (before > 1 ? n[i].y : 0) +
-                                      (before > 2 ? n[i].z : 0) + (before > 3 ? n[i].w : 0));
-      if (lane_id() == 0) {
-        total[e + i * kWarps] = of_all;
-        earlier[e + i * kWarps] = of_earlier;
-      }
-    }
-  }
-}
-
 // The caller sized the outputs by counts that the ids do not have. What follows from them may not be written then, and
 // going on would compute on garbage: stop the device with a message.
 __device__ void reject(const TopkProblem& p, int slots, int rows) {
@@ -94,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   int32_t *const pad_row = tables + kPadRow * experts, *const pad_number = tables + kPadNumber * experts;
   int32_t* const pads = tables + kPads * experts;
   int32_t *const warp_count = tables + kTables * experts, *const mine = warp_count + placer_warp() * stride;
-  const bool is_placer = __shfl_sync(kAllLanes, placer_warp(), 0) >= 0;  // which the compiler then knows of all lanes
+  const bool is_placer = is_placer_warp();
   const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
   // By the caller's counts, which are looked into later; arrays of this size have room for what is written till then.
   const bool all_valid = p.n_slots == slots;
@@ -212,43 +175,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   }
 }
 
-// Makes the warps' counts of an expert the numbers of its slots in warps before each, and publishes the sum. Half a
-// placer warp does so for an expert, with a lane for each warp.
-template <int kPerThread>
-__device__ __forceinline__ void sum_warps_of_few(const Task& task, SharedOfFew<kPerThread>& shared) {
-  static_assert(kPlacerWarps == 16 && kFewExperts == 2 * kPlacerWarps);
-  const int warp = lane_id() % kPlacerWarps, expert = placer_warp() * 2 + lane_id() / kPlacerWarps;
-  int32_t* const count = &shared.warp_count[warp][expert];
-  const int own = *count;
-  int upto = own;
-#pragma unroll
-  for (int step = 1; step < kPlacerWarps; step <<= 1) {
-    const int from_below = __shfl_up_sync(kAllLanes, upto, step);
-    if (warp >= step) upto += from_below;
-  }
-  if (warp == kPlacerWarps - 1) {
-    if (expert < task.p.n_experts) publish(task, expert, upto);
-    shared.of_tile[expert] = upto;
-  }
-  *count = upto - own;
-}
-
-// Of the lane's expert, once the runs' counts are summed: all its slots, its first row, and that behind its pads.
-struct RowsOfLane {
-  int total, first, end;
-};
-
-__device__ __forceinline__ RowsOfLane rows_of_lane(const Task& task, const int32_t* total) {
-  RowsOfLane rows{lane_id() < task.p.n_experts ? total[lane_id()] : 0, 0, 0};
-  const int filled = static_cast<int>((rows.total + task.p.block - 1) / task.block) * task.p.block;
-  rows.end = sum_of_lanes_upto(filled);
-  rows.first = rows.end - filled;
-  return rows;
-}
-
-// The same for at most 32 experts and runs of one tile. Every warp sums over the experts on its own, lane by lane:
-// nobody waits for the clerk to do so, and what a slot has to know of its expert comes from a lane. A run's counts are
-// out before its slots are ranked. kAllValid: they all are, by the caller's counts.
+// The same for at most 32 experts and runs of one tile. Nobody waits for the clerk's sums, and a run's counts are out
+// before its slots are ranked. kAllValid: all slots are, by the caller's counts, which are looked into later, as above.
 template <int kPerThread, bool kAllValid>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata_of_few(Task task) {
   extern __shared__ int32_t dynamic[];
@@ -256,16 +184,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   const TopkProblem& p = task.p;
   const auto grid = cooperative_groups::this_grid();
   const int experts = p.n_experts, expert = lane_id();
-  const bool is_placer = __shfl_sync(kAllLanes, placer_warp(), 0) >= 0;
+  const bool is_placer = is_placer_warp();
   const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
   const uint32_t begin = blockIdx.x * kPerThread * kPlacers, in_tile = placer_warp() * kPerThread * 32 + lane_id();
 
   Held<kPerThread> held;
-  unsigned mine[kPerThread];
+  unsigned lanes[kPerThread];
   if (is_placer) {
     if (kAllValid) load_probs(p.probs, begin + in_tile, slots, held);  // which nobody waits for here
     load_experts(p, begin + in_tile, slots, held);
-    shared.warp_count[placer_warp()][expert] = find_slots_of_lane(experts, held, mine);
+    shared.warp_count[placer_warp()][expert] = find_lanes(experts, held, lanes);
   }
   __syncthreads();
   if (is_placer) sum_warps_of_few(task, shared);
@@ -274,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   const int upto = sum_of_lanes_upto(of_tile), valid = of_lane(upto, 31), here = upto - of_tile;
   const int valid_before = kAllValid ? 0 : warp_sum(before);
   if (is_placer) {
-    stage_tile_of_few<kAllValid>(task, begin, in_tile, valid_before, here + before, mine, held, shared);
+    stage_tile_of_few<kAllValid>(task, begin, in_tile, valid_before, here + before, lanes, held, shared);
     if (kAllValid) place_all_slots(task, begin, in_tile, slots, held);
   }
 
@@ -295,10 +223,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     place_tile_of_few<kAllValid>(task, begin, in_tile, slots, compact, valid_before, valid, base, held, shared);
   } else if (blockIdx.x == 0) {
     if (expert < experts) p.expert_offset[expert] = own.first;
-    if (expert == 0) p.expert_offset[experts] = rows;
-    if (expert == 0) p.slot_offset[p.n_tokens] = valid_slots;
+    if (expert == 0) {
+      p.expert_offset[experts] = rows;
+      p.slot_offset[p.n_tokens] = valid_slots;
+    }
   }
 
+  // Pads, as above.
   if (p.n_rows == p.n_slots) return;
 #pragma unroll 1
   for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {

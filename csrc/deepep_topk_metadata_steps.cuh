@@ -1,5 +1,5 @@
-// What a block of the CUDA version does with a tile of slots, step by step. How the steps go together, and what blocks
-// tell each other, is in deepep_topk_metadata.cu.
+// What a block of the CUDA version does with a tile of slots, step by step, and what blocks tell each other. How the
+// steps go together is in deepep_topk_metadata.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,8 @@ constexpr int kMaxRuns = 128;
 // Slots of a tile for each placer, a power of two. What they need lies in registers, which bounds it.
 constexpr int kMaxPerThread = 8;
 
-// Run r has tiles r*tiles to (r+1)*tiles - 1; a tile is per_thread*kPlacers slots. The last run may be shorter.
+// Run r has tiles r*tiles to (r+1)*tiles - 1; a tile is per_thread*kPlacers slots. The last run may be shorter, but not
+// without a slot.
 struct Cut {
   int runs, tiles, per_thread;
 };
@@ -70,6 +71,8 @@ __device__ __forceinline__ void store_if(bool wanted, Word* to, int at, Word val
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 __device__ __forceinline__ int placer_warp() { return warp_id() - 1; }  // of the clerk: -1
+// By a shuffle, so that the compiler knows: all lanes of a warp are told the same.
+__device__ __forceinline__ bool is_placer_warp() { return __shfl_sync(kAllLanes, placer_warp(), 0) >= 0; }
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kAllLanes, value); }
 
 // What a thread knows of its slots of a tile. Expert and place share a word: a tile has fewer than 2^16 slots.
@@ -301,13 +304,14 @@ __device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin
   for (int i = 0; i < kPerThread; ++i) number[i] = static_cast<int32_t>(begin + in_tile + i * 32);
   store_words(p.score_src_idx, begin + in_tile, slots, number);
   store_words(p.scores, begin + in_tile, slots, held.prob);
+  // The tokens that begin in this tile.
 #pragma unroll 1
   for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
     p.slot_offset[token] = static_cast<int32_t>(token * topk);
   }
 }
 
-// Elsewhere it wants to know how many valid slots come before: the warp's first has `number`.
+// Elsewhere that takes the number of valid slots before: it is `number` for the warp's first.
 template <int kPerThread>
 __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, uint32_t slots, int number,
                                             const Held<kPerThread>& held) {
@@ -364,133 +368,42 @@ __device__ __forceinline__ void place_rows(const Task& task, uint32_t begin, int
   }
 }
 
-// ---- At most 32 experts: in every warp, lane e knows what there is to know of expert e ------------------------------
-
-constexpr int kFewExperts = 32;
-
-template <int kPerThread>
-struct SharedOfFew {
-  static_assert(kPerThread * kPlacers <= 4096);
-  // In order by expert: token in the tile << 17 | number in the tile << 5 | expert.
-  uint32_t slot[kPerThread * kPlacers];
-  int32_t warp_count[kPlacerWarps][kFewExperts | 1];
-  int32_t of_tile[kFewExperts], total[kFewExperts], earlier[kFewExperts];
-};
-
-__device__ __forceinline__ int of_lane(int value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
-
-// The sum of a number over this lane and those below.
-__device__ __forceinline__ int sum_of_lanes_upto(int number) {
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1) {
-    const int from_below = __shfl_up_sync(kAllLanes, number, step);
-    if (lane_id() >= step) number += from_below;
-  }
-  return number;
-}
-
-// The lanes whose slots are of this lane's expert, in `mine`. Returns how many slots of the warp are.
-template <int kPerThread>
-__device__ __forceinline__ int find_slots_of_lane(int experts, const Held<kPerThread>& held,
-                                                  unsigned (&mine)[kPerThread]) {
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) mine[i] = __ballot_sync(kAllLanes, held.key[i] >= 0);
+// Puts this run's count of an expert where every block finds it.
+__device__ __forceinline__ void publish(const Task& task, int expert, int count) {
+  int32_t* to = task.run_count + expert * kMaxRuns + blockIdx.x;
+  *to = count;
+  // Readers take four at a time.
+  if (blockIdx.x + 1 == task.cut.runs) {
 #pragma unroll 1
-  for (int bit = 1; bit < experts; bit <<= 1) {
-    const unsigned unset = lane_id() & bit ? 0u : kAllLanes;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) mine[i] &= __ballot_sync(kAllLanes, held.key[i] & bit) ^ unset;
-  }
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) count += __popc(mine[i]);
-  return lane_id() < experts ? count : 0;
-}
-
-// As stage_tile. `mine` are the lanes whose slots are of this lane's expert, `next` is where the first of them goes.
-template <bool kAllValid, int kPerThread>
-__device__ __forceinline__ void stage_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, int valid_before,
-                                                  int next, const unsigned (&mine)[kPerThread],
-                                                  Held<kPerThread>& held, SharedOfFew<kPerThread>& shared) {
-  const uint32_t first = begin + in_tile, first_token = begin / task.topk;
-  const unsigned below = (1u << lane_id()) - 1;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int expert = held.key[i];  // of a slot that is not here: any lane's number, and no use made of it
-    const unsigned peers = __shfl_sync(kAllLanes, mine[i], expert);
-    held.key[i] = expert << 16 | (of_lane(next, expert) + __popc(peers & below));
-    next += __popc(mine[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const bool is_valid = held.key[i] >= 0;
-    uint32_t number = in_tile + i * 32;
-    if (!kAllValid) {
-      const unsigned among = __ballot_sync(kAllLanes, is_valid);
-      number = valid_before + __popc(among & below);
-      valid_before += __popc(among);
-    }
-    const uint32_t token = (first + i * 32) / task.topk - first_token;
-    store_if(is_valid, shared.slot, held.key[i] & 0xffff, token << 17 | number << 5 | (held.key[i] >> 16));
+    for (int run = task.cut.runs; run % 4; ++run) *++to = 0;
   }
 }
 
-// What place_slots and place_rows do. `base` is the row of the first slot of the lane's expert in the tile, less its
-// place in the tile's order.
-template <bool kAllValid, int kPerThread>
-__device__ __forceinline__ void place_tile_of_few(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
-                                                  int compact, int valid_before, int valid, int base,
-                                                  const Held<kPerThread>& held,
-                                                  const SharedOfFew<kPerThread>& shared) {
-  const TopkProblem& p = task.p;
-  const uint32_t first = begin + in_tile;
-  int row[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, held.key[i] >> 16) + (held.key[i] & 0xffff);
-  if (kAllValid) {
-    int32_t* const to = p.s_reverse_scatter_idx + first;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (held.key[i] >= 0) to[i * 32] = row[i];
-    }
-  } else {
-    const unsigned below = (1u << lane_id()) - 1;
-    int number = compact + valid_before;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const bool is_valid = held.key[i] >= 0;
-      const unsigned among = __ballot_sync(kAllLanes, is_valid);
-      const int mine = number + __popc(among & below);
-      const uint32_t slot = first + i * 32, token = slot / task.topk;
-      store_if(is_valid, p.s_reverse_scatter_idx, mine, row[i]);
-      store_if(is_valid, p.score_src_idx, mine, static_cast<int32_t>(slot));
-      store_if(is_valid, p.scores, mine, held.prob[i]);
-      store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, mine);
-      number += __popc(among);
-    }
-  }
-  const int first_token = begin / task.topk;
-  uint32_t slot[kPerThread];
-  int place[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    place[i] = (i * kPlacerWarps + placer_warp()) * 32 + lane_id();
-    // Where a tile is not full, its last row is written again, which costs less than a condition everywhere else.
-    if (kAllValid) place[i] = min(place[i], valid - 1);
-    slot[i] = shared.slot[place[i]];
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) row[i] = of_lane(base, slot[i] % kFewExperts) + place[i];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const bool is_here = kAllValid || place[i] < valid;
-    store_if(is_here, p.x_gather_idx, row[i], first_token + static_cast<int>(slot[i] >> 17));
-    store_if(is_here, p.s_scatter_idx, row[i], compact + static_cast<int>(slot[i] >> 5 & 0xfff));
-  }
+// Sums each expert's counts: of all runs, and of those before this one. A warp reads those of kAtOnce experts at once.
+template <int kAtOnce>
+__device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
+  const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
 #pragma unroll 1
-  for (int i = placer_warp(); i < valid && task.scales.words; i += kPlacerWarps) {
-    const uint32_t from = shared.slot[i];
-    copy_scale_row(task.scales, first_token + static_cast<int>(from >> 17), of_lane(base, from % kFewExperts) + i);
+  for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
+    int4 n[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      n[i] = make_int4(0, 0, 0, 0);
+      if (e + i * kWarps < experts && first < task.cut.runs) {
+        n[i] = __ldcg(reinterpret_cast<const int4*>(task.run_count + (e + i * kWarps) * kMaxRuns + first));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (e + i * kWarps >= experts) break;
+      const int of_all = warp_sum(n[i].x + n[i].y + n[i].z + n[i].w);
+      const int of_earlier = warp_sum((before > 0 ? n[i].x : 0) + (before > 1 ? n[i].y : 0) +
+                                      (before > 2 ? n[i].z : 0) + (before > 3 ? n[i].w : 0));
+      if (lane_id() == 0) {
+        total[e + i * kWarps] = of_all;
+        earlier[e + i * kWarps] = of_earlier;
+      }
+    }
   }
 }
 
