@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   auto& shared = *reinterpret_cast<Shared<kPerThread>*>(dynamic);
   const TopkProblem& p = task.p;
   const auto grid = cooperative_groups::this_grid();
-  const int experts = p.n_experts, stride = counts_of_warp(experts), tiles = kOneTile ? 1 : task.cut.tiles;
+  const int experts = p.n_experts, stride = counts_of_warp(experts);
   int32_t* const tables = dynamic + sizeof(shared) / sizeof(int32_t);
   int32_t *const of_tile = tables + kCount * experts, *const here = tables + kHere * experts;
   int32_t *const next = tables + kNext * experts, *const base = tables + kBase * experts;
@@ -64,7 +64,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   constexpr uint32_t kTile = kPerThread * kPlacers;
   // A warp owns a contiguous part of a tile, so ranks within it grow with the slot.
   const uint32_t in_tile = placer_warp() * kPerThread * 32 + lane_id();
-  const uint32_t run = blockIdx.x * tiles * kTile;
+  const uint32_t run = blockIdx.x * (kOneTile ? 1 : task.cut.tiles) * kTile;
+  // The last run may have fewer: a tile behind all slots could have numbers that Divisor does not take.
+  const int tiles = kOneTile ? 1 : min(task.cut.tiles, static_cast<int>((slots - run + kTile - 1) / kTile));
 
   Held<kPerThread> held;
   int32_t* const of_later_tiles = next;  // which has no other use yet
