@@ -1,11 +1,13 @@
 // The CUDA version: one cooperative launch. Slots are cut into runs, one for each block, and runs into tiles. A block
-// ranks its first tile's slots by expert, which counts them, and publishes the counts of its run. While others do so, it
-// puts the tile into its order by expert, which needs nobody's counts. Once all blocks have published, it sums the counts,
-// and every slot knows its place. Ids and places stay in registers meanwhile. Ranks come from votes, never from atomics
-// that race for a place, so the arrays are the same bits each time.
+// counts its slots by expert and publishes the counts of its run. While others do so, it puts its first tile into its
+// order by expert, which needs nobody's counts. Once all blocks have published, it sums the counts, and every slot knows
+// its place. Ids and places stay in registers meanwhile. Ranks come from votes, never from atomics that race for a
+// place, so the arrays are the same bits each time.
 //
-// A block's first warp, the clerk, holds no slots: it sums over the experts and meets the other blocks while the rest,
-// the placers, deal with theirs.
+// A block's first warp, the clerk, holds no slots: it meets the other blocks while the rest, the placers, deal with
+// theirs. Two kernels do all this. In the one for at most 32 experts and runs of one tile each warp sums over the experts
+// for itself; in the other, for everything, the clerk does so for its block.
+#include "deepep_topk_metadata_few.cuh"
 #include "deepep_topk_metadata_steps.cuh"
 
 #include <cooperative_groups.h>
@@ -32,45 +34,6 @@ size_t shared_bytes(int experts) {
   return sizeof(Shared<kPerThread>) + sizeof(int32_t) * (kTables * experts + kPlacerWarps * counts_of_warp(experts));
 }
 
-// Puts this run's count of an expert where every block finds it.
-__device__ __forceinline__ void publish(const Task& task, int expert, int count) {
-  int32_t* to = task.run_count + expert * kMaxRuns + blockIdx.x;
-  *to = count;
-  // Readers take four at a time.
-  if (blockIdx.x + 1 == task.cut.runs) {
-#pragma unroll 1
-    for (int run = task.cut.runs; run % 4; ++run) *++to = 0;
-  }
-}
-
-// Sums each expert's counts: of all runs, and of those before this one.
-__device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
-  constexpr int kAtOnce = 4;
-  const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
-#pragma unroll 1
-  for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
-    int4 n[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      n[i] = make_int4(0, 0, 0, 0);
-      if (e + i * kWarps < experts && first < task.cut.runs) {
-        n[i] = __ldcg(reinterpret_cast<const int4*>(task.run_count + (e + i * kWarps) * kMaxRuns + first));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (e + i * kWarps >= experts) break;
-      const int of_all = warp_sum(n[i].x + n[i].y + n[i].z + n[i].w);
-      const int of_earlier = warp_sum((before > 0 ? n[i].x : 0) + (before > 1 ? n[i].y : 0) +
-                                      (before > 2 ? n[i].z : 0) + (before > 3 ? n[i].w : 0));
-      if (lane_id() == 0) {
-        total[e + i * kWarps] = of_all;
-        earlier[e + i * kWarps] = of_earlier;
-      }
-    }
-  }
-}
-
 // The caller sized the outputs by counts that the ids do not have. What follows from them may not be written then, and
 // going on would compute on garbage: stop the device with a message.
 __device__ void reject(const TopkProblem& p, int slots, int rows) {
@@ -79,13 +42,14 @@ __device__ void reject(const TopkProblem& p, int slots, int rows) {
   __trap();
 }
 
-template <int kPerThread>
+// kOneTile: a run is no more than that. There is less code to fetch then, and less to hold in registers.
+template <int kPerThread, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata(Task task) {
   extern __shared__ int32_t dynamic[];
   auto& shared = *reinterpret_cast<Shared<kPerThread>*>(dynamic);
   const TopkProblem& p = task.p;
   const auto grid = cooperative_groups::this_grid();
-  const int experts = p.n_experts, stride = counts_of_warp(experts), tiles = task.cut.tiles;
+  const int experts = p.n_experts, stride = counts_of_warp(experts);
   int32_t* const tables = dynamic + sizeof(shared) / sizeof(int32_t);
   int32_t *const of_tile = tables + kCount * experts, *const here = tables + kHere * experts;
   int32_t *const next = tables + kNext * experts, *const base = tables + kBase * experts;
@@ -93,14 +57,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   int32_t *const pad_row = tables + kPadRow * experts, *const pad_number = tables + kPadNumber * experts;
   int32_t* const pads = tables + kPads * experts;
   int32_t *const warp_count = tables + kTables * experts, *const mine = warp_count + placer_warp() * stride;
-  const bool is_placer = placer_warp() >= 0;
+  const bool is_placer = is_placer_warp();
   const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
   // By the caller's counts, which are looked into later; arrays of this size have room for what is written till then.
   const bool all_valid = p.n_slots == slots;
   constexpr uint32_t kTile = kPerThread * kPlacers;
   // A warp owns a contiguous part of a tile, so ranks within it grow with the slot.
   const uint32_t in_tile = placer_warp() * kPerThread * 32 + lane_id();
-  const uint32_t run = blockIdx.x * tiles * kTile;
+  const uint32_t run = blockIdx.x * (kOneTile ? 1 : task.cut.tiles) * kTile;
+  // The last run may have fewer: a tile behind all slots could have numbers that Divisor does not take.
+  const int tiles = kOneTile ? 1 : min(task.cut.tiles, static_cast<int>((slots - run + kTile - 1) / kTile));
 
   Held<kPerThread> held;
   int32_t* const of_later_tiles = next;  // which has no other use yet
@@ -120,11 +86,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
   for (int tile = 0; tile < tiles; ++tile) {
     const uint32_t begin = run + tile * kTile, first = begin + in_tile;
     if (is_placer) {
+      if (all_valid) load_probs(p.probs, first, slots, held);  // which nobody waits for here
       load_experts(p, first, slots, held);
-      if (all_valid) load_probs(p.probs, first, slots, held);
 #pragma unroll 1
       for (int e = lane_id(); e < experts; e += 32) mine[e] = 0;
-      if (all_valid) place_all_slots(task, first, slots, held);
       __syncwarp();
       const int valid = rank_slots(experts, held, mine);
       if (lane_id() == 0) shared.valid_of_warp[placer_warp()] = valid;
@@ -151,10 +116,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     const int of_warp = lane_id() < kPlacerWarps ? shared.valid_of_warp[lane_id()] : 0;
     const int valid_before = warp_sum(lane_id() < placer_warp() ? of_warp : 0), valid = warp_sum(of_warp);
     if (is_placer) stage_tile(task, begin, first, valid_before, mine, held, shared);
+    if (is_placer && all_valid) place_all_slots(task, begin, in_tile, slots, held);
 
     if (tile == 0) {
       grid.barrier_wait(std::move(arrival));
-      sum_runs(task, total, earlier);
+      sum_runs<4>(task, total, earlier);
       __syncthreads();
       if (!is_placer) {
         int before_run = 0;
@@ -197,12 +163,82 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     }
   }
 
+  // Every pad is a row without a slot, of an expert or behind the last.
+  if (p.n_rows == p.n_slots) return;
   // Pads, experts dealt out over the blocks. Behind the last expert's rows lie those that nobody needed.
 #pragma unroll 1
   for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {
     const bool behind = other == experts;
     const int more = behind ? p.n_rows - shared.rows : pads[other];
     const int row = behind ? shared.rows : pad_row[other], number = behind ? row - p.n_slots : pad_number[other];
+#pragma unroll 1
+    for (int j = threadIdx.x; j < more; j += kThreads) place_pad(p, number + j, row + j);
+    for (int j = warp_id(); j < more && task.scales.words; j += kWarps) copy_scale_row(task.scales, 0, row + j);
+  }
+}
+
+// The same for at most 32 experts and runs of one tile. Nobody waits for the clerk's sums, and a run's counts are out
+// before its slots are ranked. kAllValid: all slots are, by the caller's counts, which are looked into later, as above.
+template <int kPerThread, bool kAllValid>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_metadata_of_few(Task task) {
+  extern __shared__ int32_t dynamic[];
+  auto& shared = *reinterpret_cast<SharedOfFew<kPerThread>*>(dynamic);
+  const TopkProblem& p = task.p;
+  const auto grid = cooperative_groups::this_grid();
+  const int experts = p.n_experts, expert = lane_id();
+  const bool is_placer = is_placer_warp();
+  const uint32_t slots = static_cast<uint32_t>(p.n_tokens) * p.n_topk;
+  const uint32_t begin = blockIdx.x * kPerThread * kPlacers, in_tile = placer_warp() * kPerThread * 32 + lane_id();
+
+  Held<kPerThread> held;
+  unsigned lanes[kPerThread];
+  if (is_placer) {
+    if (kAllValid) load_probs(p.probs, begin + in_tile, slots, held);  // which nobody waits for here
+    load_experts(p, begin + in_tile, slots, held);
+    shared.warp_count[placer_warp()][expert] = find_lanes(experts, held, lanes);
+  }
+  __syncthreads();
+  if (is_placer) sum_warps_of_few(task, shared);
+  auto arrival = grid.barrier_arrive();  // the block's threads meet here, as below
+  const int of_tile = shared.of_tile[expert], before = is_placer ? shared.warp_count[placer_warp()][expert] : 0;
+  const int upto = sum_of_lanes_upto(of_tile), valid = of_lane(upto, 31), here = upto - of_tile;
+  const int valid_before = kAllValid ? 0 : warp_sum(before);
+  if (is_placer) {
+    stage_tile_of_few<kAllValid>(task, begin, in_tile, valid_before, here + before, lanes, held, shared);
+    if (kAllValid) place_all_slots(task, begin, in_tile, slots, held);
+  }
+
+  grid.barrier_wait(std::move(arrival));
+  sum_runs<2>(task, shared.total, shared.earlier);
+  if (is_placer && !kAllValid) load_probs(p.probs, begin + in_tile, slots, held);
+  __syncthreads();
+  const RowsOfLane own = rows_of_lane(task, shared.total);
+  const int earlier = expert < experts ? shared.earlier[expert] : 0;
+  const int valid_slots = warp_sum(own.total), rows = of_lane(own.end, 31);
+  const int compact = kAllValid ? static_cast<int>(begin) : warp_sum(earlier);
+  if (valid_slots != p.n_slots || (p.bounded ? rows > p.n_rows : rows != p.n_rows)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) reject(p, valid_slots, rows);
+    return;
+  }
+  if (is_placer) {
+    const int base = own.first + earlier - here;
+    place_tile_of_few<kAllValid>(task, begin, in_tile, slots, compact, valid_before, valid, base, held, shared);
+  } else if (blockIdx.x == 0) {
+    if (expert < experts) p.expert_offset[expert] = own.first;
+    if (expert == 0) {
+      p.expert_offset[experts] = rows;
+      p.slot_offset[p.n_tokens] = valid_slots;
+    }
+  }
+
+  // Pads, as above.
+  if (p.n_rows == p.n_slots) return;
+#pragma unroll 1
+  for (int other = blockIdx.x; other <= experts; other += task.cut.runs) {
+    const bool behind = other == experts;
+    const int row = behind ? rows : of_lane(own.first + own.total, other);
+    const int more = (behind ? p.n_rows : of_lane(own.end, other)) - row;
+    const int number = row - warp_sum(expert <= other ? own.total : 0);
 #pragma unroll 1
     for (int j = threadIdx.x; j < more; j += kThreads) place_pad(p, number + j, row + j);
     for (int j = warp_id(); j < more && task.scales.words; j += kWarps) copy_scale_row(task.scales, 0, row + j);
@@ -225,16 +261,24 @@ void launch_tiles(const Task& task, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(task.cut.runs);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes<kPerThread>(task.p.n_experts);
+  // Runs are only cut into tiles where threads have as many slots as they can hold.
+  constexpr bool kNeverTiles = kPerThread < kMaxPerThread;
+  const bool few = task.p.n_experts <= kFewExperts && task.cut.tiles == 1;
+  const bool all_valid = task.p.n_slots == int64_t{task.p.n_tokens} * task.p.n_topk;
+  const auto kernel = few && all_valid      ? build_metadata_of_few<kPerThread, true>
+                      : few                 ? build_metadata_of_few<kPerThread, false>
+                      : task.cut.tiles == 1 ? build_metadata<kPerThread, true>
+                                            : build_metadata<kPerThread, kNeverTiles>;
+  config.dynamicSmemBytes = few ? sizeof(SharedOfFew<kPerThread>) : shared_bytes<kPerThread>(task.p.n_experts);
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
   // More has to be asked for.
   if (config.dynamicSmemBytes > 48 * 1024) {
-    cudaFuncSetAttribute(build_metadata<kPerThread>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(config.dynamicSmemBytes));
   }
-  cudaLaunchKernelEx(&config, build_metadata<kPerThread>, task);
+  cudaLaunchKernelEx(&config, kernel, task);
 }
 
 const char* last_error() {

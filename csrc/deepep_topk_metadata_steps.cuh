@@ -1,5 +1,5 @@
-// What a block of the CUDA version does with a tile of slots, step by step. How the steps go together, and what blocks
-// tell each other, is in deepep_topk_metadata.cu.
+// What a block of the CUDA version does with a tile of slots, step by step, and what blocks tell each other. How the
+// steps go together is in deepep_topk_metadata.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,8 @@ constexpr int kMaxRuns = 128;
 // Slots of a tile for each placer, a power of two. What they need lies in registers, which bounds it.
 constexpr int kMaxPerThread = 8;
 
-// Run r has tiles r*tiles to (r+1)*tiles - 1; a tile is per_thread*kPlacers slots. The last run may be shorter.
+// Run r has tiles r*tiles to (r+1)*tiles - 1; a tile is per_thread*kPlacers slots. The last run may be shorter, but not
+// without a slot.
 struct Cut {
   int runs, tiles, per_thread;
 };
@@ -70,6 +71,8 @@ __device__ __forceinline__ void store_if(bool wanted, Word* to, int at, Word val
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 __device__ __forceinline__ int placer_warp() { return warp_id() - 1; }  // of the clerk: -1
+// By a shuffle, so that the compiler knows: all lanes of a warp are told the same.
+__device__ __forceinline__ bool is_placer_warp() { return __shfl_sync(kAllLanes, placer_warp(), 0) >= 0; }
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kAllLanes, value); }
 
 // What a thread knows of its slots of a tile. Expert and place share a word: a tile has fewer than 2^16 slots.
@@ -79,13 +82,41 @@ struct Held {
   float prob[kPerThread];
 };
 
-// All loads are under way at once, which they would not be with a branch for each.
+// A thread's words of a tile, `none` for those that are not here. All loads are under way at once, which they would not
+// be with a branch for each, and hardly with a condition.
+template <int kPerThread, typename Word>
+__device__ __forceinline__ void load_words(const Word* from, uint32_t first, uint32_t slots, Word none,
+                                           Word (&word)[kPerThread]) {
+  from += first;
+  if (first - lane_id() + kPerThread * 32 <= slots) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) word[i] = from[i * 32];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) word[i] = first + i * 32 < slots ? from[i * 32] : none;
+  }
+}
+
+// The same for stores.
+template <int kPerThread, typename Word>
+__device__ __forceinline__ void store_words(Word* to, uint32_t first, uint32_t slots, const Word (&word)[kPerThread]) {
+  to += first;
+  if (first - lane_id() + kPerThread * 32 <= slots) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) to[i * 32] = word[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (first + i * 32 < slots) to[i * 32] = word[i];
+    }
+  }
+}
+
 template <int kPerThread, typename Id>
 __device__ __forceinline__ void load_ids(const Id* ids, int experts, uint32_t first, uint32_t slots,
                                          Held<kPerThread>& held) {
   Id id[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) id[i] = first + i * 32 < slots ? ids[first + i * 32] : Id{-1};
+  load_words(ids, first, slots, Id{-1}, id);
   // Compared before it is narrowed, as in expert_of.
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) held.key[i] = id[i] >= 0 && id[i] < experts ? static_cast<int>(id[i]) : -1;
@@ -103,8 +134,7 @@ __device__ __forceinline__ void load_experts(const TopkProblem& p, uint32_t firs
 
 template <int kPerThread>
 __device__ __forceinline__ void load_probs(const float* probs, uint32_t first, uint32_t slots, Held<kPerThread>& held) {
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) held.prob[i] = first + i * 32 < slots ? probs[first + i * 32] : 0.0f;
+  load_words(probs, first, slots, 0.0f, held.prob);
 }
 
 // Adds the slots to `count`, by expert: sums, in which no order shows.
@@ -124,8 +154,9 @@ struct Sums {
 
 // One warp's exclusive sums over the experts: of(e) are an expert's numbers, put(e, numbers, sums) takes those of all
 // before it. Returns the sums of all. So many times 32 experts go through the shuffles at once.
-template <int kSums, int kAtOnce, typename Of, typename Put>
+template <int kSums, typename Of, typename Put>
 __device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) {
+  constexpr int kAtOnce = 2;
   Sums<kSums> before{};
 #pragma unroll 1
   for (int first = lane_id(); first - lane_id() < experts; first += 32 * kAtOnce) {
@@ -155,11 +186,6 @@ __device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) 
     }
   }
   return before;
-}
-
-template <int kSums, typename Of, typename Put>
-__device__ __forceinline__ Sums<kSums> sum_experts(int experts, Of of, Put put) {
-  return experts <= 32 ? sum_experts<kSums, 1>(experts, of, put) : sum_experts<kSums, 2>(experts, of, put);
 }
 
 // Shared memory: this, then a table of kTables words for each expert, then [kPlacerWarps][E | 1] slots by warp.
@@ -267,25 +293,25 @@ __device__ __forceinline__ void copy_scale_row(const ScaleRows& scales, int64_t 
   for (int w = lane_id(); w < scales.words; w += 32) to[w] = from[w];
 }
 
-// Where every slot is valid, its number is its own, and these arrays wait for nobody.
+// Where every slot is valid, its number is its own: what is indexed by it waits for nobody.
 template <int kPerThread>
-__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t first, uint32_t slots,
+__device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin, uint32_t in_tile, uint32_t slots,
                                                 const Held<kPerThread>& held) {
   const TopkProblem& p = task.p;
+  const uint32_t end = min(begin + kPerThread * kPlacers, slots), topk = p.n_topk;
+  int32_t number[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t slot = first + i * 32, token = slot / task.topk;
-    store_if(slot < slots, p.score_src_idx, slot, static_cast<int32_t>(slot));
-    store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, static_cast<int32_t>(slot));
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t slot = first + i * 32;
-    store_if(slot < slots, p.scores, slot, held.prob[i]);
+  for (int i = 0; i < kPerThread; ++i) number[i] = static_cast<int32_t>(begin + in_tile + i * 32);
+  store_words(p.score_src_idx, begin + in_tile, slots, number);
+  store_words(p.scores, begin + in_tile, slots, held.prob);
+  // The tokens that begin in this tile.
+#pragma unroll 1
+  for (uint32_t token = (begin + topk - 1) / task.topk + threadIdx.x - 32; token * topk < end; token += kPlacers) {
+    p.slot_offset[token] = static_cast<int32_t>(token * topk);
   }
 }
 
-// Elsewhere they want to know how many valid slots come before: the warp's first has `number`.
+// Elsewhere that takes the number of valid slots before: it is `number` for the warp's first.
 template <int kPerThread>
 __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, uint32_t slots, int number,
                                             const Held<kPerThread>& held) {
@@ -339,6 +365,45 @@ __device__ __forceinline__ void place_rows(const Task& task, uint32_t begin, int
 #pragma unroll 1
   for (int i = placer_warp(); i < valid && task.scales.words; i += kPlacerWarps) {
     copy_scale_row(task.scales, first_token + static_cast<int>(shared.slot[i] >> 16), base[shared.expert[i]] + i);
+  }
+}
+
+// Puts this run's count of an expert where every block finds it.
+__device__ __forceinline__ void publish(const Task& task, int expert, int count) {
+  int32_t* to = task.run_count + expert * kMaxRuns + blockIdx.x;
+  *to = count;
+  // Readers take four at a time.
+  if (blockIdx.x + 1 == task.cut.runs) {
+#pragma unroll 1
+    for (int run = task.cut.runs; run % 4; ++run) *++to = 0;
+  }
+}
+
+// Sums each expert's counts: of all runs, and of those before this one. A warp reads those of kAtOnce experts at once.
+template <int kAtOnce>
+__device__ __forceinline__ void sum_runs(const Task& task, int32_t* total, int32_t* earlier) {
+  const int experts = task.p.n_experts, first = lane_id() * 4, before = static_cast<int>(blockIdx.x) - first;
+#pragma unroll 1
+  for (int e = warp_id(); e < experts; e += kAtOnce * kWarps) {
+    int4 n[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      n[i] = make_int4(0, 0, 0, 0);
+      if (e + i * kWarps < experts && first < task.cut.runs) {
+        n[i] = __ldcg(reinterpret_cast<const int4*>(task.run_count + (e + i * kWarps) * kMaxRuns + first));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (e + i * kWarps >= experts) break;
+      const int of_all = warp_sum(n[i].x + n[i].y + n[i].z + n[i].w);
+      const int of_earlier = warp_sum((before > 0 ? n[i].x : 0) + (before > 1 ? n[i].y : 0) +
+                                      (before > 2 ? n[i].z : 0) + (before > 3 ? n[i].w : 0));
+      if (lane_id() == 0) {
+        total[e + i * kWarps] = of_all;
+        earlier[e + i * kWarps] = of_earlier;
+      }
+    }
   }
 }
 

@@ -17,7 +17,7 @@ HOST = jit.Extension(_NAME, (f"{_NAME}.cpp",), _HEADERS)
 
 
 def cuda_extension(target: str) -> jit.Extension:
-    headers = (*_HEADERS, f"{_NAME}_steps.cuh")
+    headers = (*_HEADERS, f"{_NAME}_steps.cuh", f"{_NAME}_few.cuh")
     return jit.Extension(_NAME, (f"{_NAME}.cpp", f"{_NAME}.cu"), headers, target)
 
 

@@ -127,6 +127,7 @@ def test_room_for_the_most_rows(build, rng, backend, block):
         (65536, 8, 32, 128, distinct),
         (65536, 8, 32, 1, skewed),
         (65536, 8, 32, 32, holes),
+        (65536, 8, 33, 32, uniform),  # one expert more than a warp has lanes
         (65537, 8, 32, 1, uniform),  # one token more than a tile for each block holds
         (200001, 13, 64, 32, elsewhere),  # several tiles a block, and a last one that is nearly empty
         (16384, 16, 256, 128, elsewhere),

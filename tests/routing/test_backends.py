@@ -403,6 +403,14 @@ def test_host_writes_nothing_where_the_sizes_are_wrong(host):
         assert call(host, *problem(seed), change=1).is_untouched()
 
 
+def test_extensions_name_all_that_they_include():
+    """A change of a file that they do not name would leave users with what was built before."""
+    for extension in (native.HOST, native.cuda_extension("sm_90a")):
+        files = [jit.source_folder() / name for name in (*extension.sources, *extension.headers)]
+        included = {name for file in files for name in re.findall(r'#include "(.*)"', file.read_text())}
+        assert included == set(extension.headers)
+
+
 @pytest.mark.slow
 def test_cuda_version_compiles_and_knows_its_workspace(cache_dir):
     """Without a GPU: that it is right on one is shown elsewhere."""

@@ -56,6 +56,18 @@ def compare(module, indices, probs, n_experts, block, scales=None, about=""):
     require_same(wanted, call.arrays(), about)
 
 
+def with_room_for_the_most(indices, probs, n_experts, block, scales):
+    """(the definition's bits and pads behind them, slots, rows), not knowing how slots fall on the experts"""
+    wanted = definition(indices, probs, n_experts, block, scales)
+    n_slots, rows = sizes(wanted)
+    _, n_rows = arrays.bound(n_slots, n_experts, block)
+    assert n_rows >= rows
+    more = np.arange(rows, n_rows, dtype=np.int32)
+    pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0 * more}
+    pads["sorted_scales"] = np.broadcast_to(scales[0], (len(more), scales.shape[1]))
+    return wanted | {name: np.concatenate([wanted[name], values]) for name, values in pads.items()}, n_slots, n_rows
+
+
 # ---- Equality --------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +113,38 @@ def test_blocks_with_more_slots_than_they_hold_at_once(
     assert blocks >= min(multiprocessors, 2) and n_tokens * n_topk > 16 * blocks * threads
 
 
+@pytest.mark.parametrize("all_valid", [True, False])
+@pytest.mark.parametrize("n_experts", [1, 31, 32, 33])
+@pytest.mark.parametrize(
+    "multiprocessors, n_tokens, n_topk",
+    [
+        (1, 1, 1),
+        (7, 600, 5),  # six blocks: what they count is read four at a time
+        (6, 700, 6),  # two slots a thread
+        (4, 801, 10),  # four
+        (3, 2300, 5),  # eight
+        (2, 2700, 6),  # two tiles for each of two blocks
+        (2, 3400, 5),  # three, and two
+    ],
+)
+def test_experts_around_what_a_warp_has_lanes_for(emulated, multiprocessors, n_tokens, n_topk, n_experts, all_valid):
+    """Where they are no more, and blocks have one tile, another kernel runs, in a version for holes and one without."""
+    module, device = emulated
+    rng = np.random.default_rng(n_tokens + n_experts)
+    indices = rng.integers(0 if all_valid else -1, n_experts + (not all_valid), (n_tokens, n_topk)).astype(np.int32)
+    probs = rng.standard_normal(indices.shape).astype(np.float32)
+    scales = rng.integers(-(2**31), 2**31, (n_tokens, 2)).astype(np.int32)
+    for number, block in enumerate(BLOCKS):
+        device.configure(multiprocessors, number)
+        given = indices.astype(DTYPES[number % 2]), probs, n_experts, block
+        compare(module, *given, scales if number else None, f"block={block}")
+        wanted, n_slots, n_rows = with_room_for_the_most(*given, scales)
+        call = Call(module, *given, n_slots, n_rows, scales, bounded=True)
+        call.launch()
+        require_same(wanted, call.arrays(), f"block={block}, bounded")
+    assert n_tokens == 1 or (n_slots == indices.size) == all_valid
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_slots_around_what_the_threads_hold(emulated, multiprocessors):
     """One short of so many for each thread of a block, as many, and one over."""
@@ -137,19 +181,11 @@ def test_ids_are_compared_before_they_are_narrowed(emulated):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("n_tokens, n_topk, n_experts", [(1, 1, 8), (129, 3, 5), (900, 8, 33), (2000, 2, 1024)])
 def test_room_for_the_most_rows(emulated, n_tokens, n_topk, n_experts, block):
-    """Not knowing how slots fall on the experts: the same arrays, and pads behind them."""
     module, device = emulated
     rng = np.random.default_rng(n_tokens + block)
     indices, probs, _ = draw(rng, n_tokens, n_topk, n_experts, np.int32, holes)
     scales = rng.integers(-(2**31), 2**31, (n_tokens, 3)).astype(np.int32)
-    wanted = definition(indices, probs, n_experts, block, scales)
-    n_slots, rows = sizes(wanted)
-    _, n_rows = arrays.bound(n_slots, n_experts, block)
-    assert n_rows >= rows
-    more = np.arange(rows, n_rows, dtype=np.int32)
-    pads = {"x_gather_idx": 0 * more, "s_scatter_idx": more, "scores": 0 * more}
-    pads["sorted_scales"] = np.broadcast_to(scales[0], (len(more), 3))
-    wanted |= {name: np.concatenate([wanted[name], values]) for name, values in pads.items()}
+    wanted, n_slots, n_rows = with_room_for_the_most(indices, probs, n_experts, block, scales)
     for multiprocessors in (1, 3):
         device.configure(multiprocessors, block)
         call = Call(module, indices, probs, n_experts, block, n_slots, n_rows, scales, bounded=True)
@@ -176,9 +212,16 @@ WRONG = {
     "more rows": ((100, 4, 8, 32), (0, 32), False),
     "fewer rows": ((400, 8, 1024, 128), (0, -128), False),
     "more of both": ((9000, 1, 32, 1), (7, 7), False),
-    "slots in the most room": ((600, 8, 33, 32), (-1, 64), True),
-    "not room enough": ((600, 8, 33, 32), (0, -32), True),
+    "more of both, many experts": ((9000, 1, 33, 1), (7, 7), False),
+    "slots in the most room": ((600, 8, 32, 32), (-1, 64), True),
+    "slots in the most room, many experts": ((600, 8, 33, 32), (-1, 64), True),
+    "not room enough": ((600, 8, 32, 32), (0, -32), True),
+    "not room enough, many experts": ((600, 8, 33, 32), (0, -32), True),
 }
+# All else has to do with rows, and may not be written before the counts are known to be right. These may, if they say
+# that every slot is valid.
+OF_SLOTS = {"slot_offset", "scores", "score_src_idx"}
+OF_ROWS = [number for number, name in enumerate((*ARRAYS, "sorted_scales")) if name not in OF_SLOTS]
 
 
 def require_stop(call, capfd, said, found):
@@ -208,7 +251,10 @@ def test_wrong_counts_stop_the_device_with_a_message(emulated, capfd, shape, off
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("n_tokens, n_topk, n_experts, block", [(100, 4, 8, 1), (700, 8, 33, 128), (9000, 1, 3, 32)])
+@pytest.mark.parametrize(
+    "n_tokens, n_topk, n_experts, block",
+    [(100, 4, 8, 1), (700, 8, 32, 128), (700, 8, 33, 128), (9000, 1, 3, 32), (9000, 1, 33, 32)],
+)
 def test_counts_of_a_slot_for_every_id_stop_the_device_too(
     emulated, capfd, n_tokens, n_topk, n_experts, block, bounded
 ):
@@ -223,7 +269,27 @@ def test_counts_of_a_slot_for_every_id_stop_the_device_too(
     )
     for seed in range(6):
         device.configure(1 + seed % 3, seed)
-        require_stop(Call(module, indices, probs, n_experts, block, *said, scales, bounded), capfd, said, found)
+        call = Call(module, indices, probs, n_experts, block, *said, scales, bounded)
+        require_stop(call, capfd, said, found)
+        assert call.outputs.is_untouched(*OF_ROWS)
+
+
+@pytest.mark.parametrize("off, bounded", [(-32, False), (32, False), (-32, True)])
+@pytest.mark.parametrize("n_tokens, n_topk, n_experts", [(100, 4, 8), (700, 8, 32), (700, 8, 33), (9000, 1, 32)])
+def test_rows_that_slots_do_not_fill_stop_the_device_too(emulated, capfd, n_tokens, n_topk, n_experts, off, bounded):
+    """Where the count of slots is right, and each of them valid."""
+    module, device = emulated
+    rng = np.random.default_rng(n_tokens)
+    indices = rng.integers(0, n_experts, (n_tokens, n_topk)).astype(np.int64)
+    probs, scales = rng.random(indices.shape, np.float32), np.zeros((n_tokens, 3), np.int32)
+    found = sizes(definition(indices, probs, n_experts, 32))
+    said = indices.size, found[1] + off
+    assert found[0] == said[0] <= said[1]
+    for seed in range(3):
+        device.configure(1 + seed, seed)
+        call = Call(module, indices, probs, n_experts, 32, *said, scales, bounded)
+        require_stop(call, capfd, said, found)
+        assert call.outputs.is_untouched(*OF_ROWS)
 
 
 @pytest.mark.parametrize("n_tokens, n_topk", [(0, 4), (5, 0)])
