@@ -2,9 +2,9 @@
 //
 // One warpgroup loads, two multiply. Most often each has 64 rows of a tile. A tile has 192 columns, or two tiles of 128
 // are made from one load of what these have in common. Where storing takes about as long as multiplying, each warpgroup
-// has tiles of its own, and stores while the other multiplies. Two blocks are a cluster and share what they both need of one operand, each loading
-// one half of it for both: neighbours in columns share A; where tokens are gathered, which no bulk copy does, neighbours
-// in tokens share the weights.
+// has tiles of its own, and stores while the other multiplies. Two blocks are a cluster and share what they both need of
+// one operand, each loading one half of it for both: neighbours in columns share A; where tokens are gathered, which no
+// bulk copy does, neighbours in tokens share the weights.
 #pragma once
 
 #include "sm90_fp8_tiles.cuh"
