@@ -63,11 +63,6 @@ __device__ __forceinline__ uint32_t fold_lanes(uint32_t (&v)[4], int lane) {
   return larger_two(v[0], __shfl_xor_sync(0xffffffff, v[0], 4));
 }
 
-__device__ __forceinline__ float quad_sum(float value) {
-  value += __shfl_xor_sync(0xffffffff, value, 1);
-  return value + __shfl_xor_sync(0xffffffff, value, 2);
-}
-
 __device__ __forceinline__ void clear_blocks(Blocks (&blocks)[kMultipliers], int thread) {
   for (int i = thread; i < kMultipliers * kBlocksAlong; i += kThreads) {
     (&blocks[i / kBlocksAlong].largest[0][0])[i % kBlocksAlong] = 0;
@@ -86,26 +81,26 @@ __device__ __forceinline__ void ask_for_z(const Fp8Gemm& p, const Maps& maps, Sh
       tensor_load(maps.z, &shared.z_full[me.group], z, 2 * unit.column + block * kTile, unit.row);
     }
   }
+  // All are asked for before the first is written: the compiler takes each write for a change of what is yet to be read.
   Tokens& tokens = shared.tokens.at[me.group];
   const int64_t row = unit.row + me.number();
-  tokens.scales[me.number()] = static_cast<uint32_t>(p.gather[row]) * unit.steps;
-  tokens.score[me.number()] = p.score[p.scatter[row]];
+  const float* z_scale = p.z_scale + row * (2 * p.width / kTile) + 2 * unit.column / kTile;
+  const int token = p.gather[row], slot = p.scatter[row];
+  const float z_scales[kFBlocks] = {z_scale[0], z_scale[1]}, score = p.score[slot];
+  tokens.scales[me.number()] = static_cast<uint32_t>(token) * unit.steps;
+  tokens.score[me.number()] = score;
 #pragma unroll
-  for (int block = 0; block < kFBlocks; ++block) {
-    tokens.z_scale[block][me.number()] = p.z_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block];
-  }
+  for (int block = 0; block < kFBlocks; ++block) tokens.z_scale[block][me.number()] = z_scales[block];
   warpgroup_sync(1 + me.group);
 }
 
-// ``half`` is the number of the one that is first.
-__device__ __forceinline__ void exchange_halves(float (&total)[2][64], int& half) {
+__device__ __forceinline__ void exchange_halves(float (&total)[2][64]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
     const float kept = total[0][i];
     total[0][i] = total[1][i];
     total[1][i] = kept;
   }
-  half ^= 1;
 }
 
 // ---- A thread's sums, sixteen columns at a time, of which it has two and two, for two tokens.
@@ -190,7 +185,7 @@ __device__ __forceinline__ void scale_blocks(const Fp8Gemm& p, Blocks& blocks, c
 #pragma unroll
   for (int kind = 0; kind < 3; ++kind) {
     const float scale = block_scale(__uint_as_float(blocks.largest[kind][column]), p.pow2);
-    blocks.inverse[kind][column] = __fdiv_rn(1.0f, scale);
+    blocks.inverse[kind][column] = inverse_of(scale);
     blocks.largest[kind][column] = 0;
     if (kind == 2) {
       p.e_scale[block * p.width + unit.column + column] = scale;
@@ -265,17 +260,20 @@ __device__ __forceinline__ void emit(const Fp8Gemm& p, const Tokens& tokens, int
   }
 }
 
-// All that leaves of one block of F.
+// All that leaves of one block of F: of the second half, which comes first, and of the first one.
 template <class Kind, int kBlock>
 __device__ __forceinline__ void store_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, const Lane& me,
-                                            const Unit& unit, int& half, float (&values)[2][64]) {
+                                            const Unit& unit, float (&values)[2][64]) {
   const int group = opaque(me.group);
   uint8_t *out = shared.out.at[group], *along = shared.along.at[group];
   const int f = 2 * unit.column + kBlock * kTile, i = unit.column + kBlock * (kTile / 2);
 #pragma unroll 1
-  for (int n = 0; n < 2; ++n) {
-    if (n > 0) exchange_halves(values, half);
-    if (Kind::kWide || (kBlock > 0 && n == 0)) begin_output(me);  // what lay there before has left
+  for (int half = 1; half >= 0; --half) {
+    if (half == 0) {
+#pragma unroll
+      for (int i = kBlock * 32; i < kBlock * 32 + 32; ++i) values[0][i] = values[1][i];
+    }
+    if (Kind::kWide || (kBlock > 0 && half == 1)) begin_output(me);  // what lay there before has left
     const Blocks* blocks = nullptr;
     if constexpr (!Kind::kWide) blocks = &shared.blocks.at[me.group];
     const Address z = opaque(shared_address(out)) + half * kHalfBytes;
@@ -311,35 +309,35 @@ __device__ __forceinline__ void store_gradient(const Fp8Gemm& p, const Maps& map
     warpgroup_sync(1 + me.group);  // and nobody writes about the next unit's tokens before all have read about this one's
     return;
   }
-  int half = 0;
 #pragma unroll 1
-  for (int n = 0; n < 2; ++n) {
-    if (n > 0) exchange_halves(total, half);
+  for (int half = 0; half < 2; ++half) {
+    if (half > 0) exchange_halves(total);
     const int first = 64 * half + me.token(0);
     const Survey found = survey<Kind>(p, tokens, blocks, z + half * kHalfBytes, me, first, total[0]);
+    // Each lane of a quad has what there is of one token and block.
+    const int quad = opaque(me.lane) % 4;
+    float largest[4], product[4];
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int64_t row = unit.row + first + below;
-#pragma unroll
-      for (int block = 0; block < kFBlocks; ++block) {
-        const uint32_t pair = found.row[below][block];
-        const float largest = quad_max(fmaxf(fabsf(low_of(pair)), fabsf(high_of(pair))));
-        const float scale = block_scale(largest, p.pow2);
-        const float product = quad_sum(found.product[below][block]);
-        if (me.quad() != 0) continue;
-        tokens.inverse[block][first + below] = __fdiv_rn(1.0f, scale);
-        p.d_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block] = scale;
-        p.parts[row * (p.width / 64) + unit.column / 64 + block] = product;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = found.row[i / 2][i % 2];
+      largest[i] = fmaxf(fabsf(low_of(pair)), fabsf(high_of(pair)));
+      product[i] = found.product[i / 2][i % 2];
     }
+    const float scale = block_scale(quad_max(largest, quad), p.pow2);
+    const float sum = fold_quad(product, quad, [](float x, float y) { return x + y; });
+    const int token = first + quad / 2, block = quad % 2;
+    const int64_t row = unit.row + token;
+    tokens.inverse[block][token] = inverse_of(scale);
+    p.d_scale[row * (2 * p.width / kTile) + 2 * unit.column / kTile + block] = scale;
+    p.parts[row * (p.width / 64) + unit.column / 64 + block] = sum;
   }
   warpgroup_sync(1 + me.group);
   if constexpr (!Kind::kWide) {
     scale_blocks(p, *blocks, me, unit);
     warpgroup_sync(1 + me.group);
   }
-  store_block<Kind, 0>(p, maps, shared, me, unit, half, total);
-  store_block<Kind, 1>(p, maps, shared, me, unit, half, total);
+  store_block<Kind, 0>(p, maps, shared, me, unit, total);
+  store_block<Kind, 1>(p, maps, shared, me, unit, total);
 }
 
 }  // namespace sonicmoe::sm90

@@ -13,9 +13,19 @@ constexpr float kLargest = 3.402823466e38f;
 // Byte of column ``at`` in row ``row`` of a tile with rows of 128 bytes, in the swizzle of the bulk copies.
 __device__ __forceinline__ int swizzled(int row, int at) { return row * 128 + (at ^ ((row % 8) * 16)); }
 
-__device__ __forceinline__ float quad_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, 1));
-  return fmaxf(value, __shfl_xor_sync(0xffffffff, value, 2));
+// Of four values in each lane of a quad, value q of all lanes together for lane q.
+template <class Combine>
+__device__ __forceinline__ float fold_quad(const float (&v)[4], int quad, Combine combine) {
+  const bool upper = quad & 2, odd = quad & 1;
+  float two_of[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    two_of[i] = combine(upper ? v[2 + i] : v[i], __shfl_xor_sync(0xffffffff, upper ? v[i] : v[2 + i], 2));
+  }
+  return combine(odd ? two_of[1] : two_of[0], __shfl_xor_sync(0xffffffff, odd ? two_of[0] : two_of[1], 1));
+}
+__device__ __forceinline__ float quad_max(const float (&v)[4], int quad) {
+  return fold_quad(v, quad, [](float x, float y) { return fmaxf(x, y); });
 }
 
 // The largest magnitude of some values. NaN does not count, Inf does: see without_inf.
@@ -34,8 +44,20 @@ __device__ __forceinline__ float without_inf(float value) {
   return infinite(fabsf(value)) ? __int_as_float(0x7FFFFFFF) : value;
 }
 
+// Rounded as divisions are, where what comes out is a normal number: what a first guess leaves is divided again. The
+// compiler's divisions look for all other numbers too, and are several times as long.
+__device__ __forceinline__ float over_e4m3_max(float size) {
+  constexpr float kBy = 1.0f / kE4m3Max;
+  const float near = size * kBy;
+  return fmaf(fmaf(-kE4m3Max, near, size), kBy, near);
+}
+__device__ __forceinline__ float inverse_of(float scale) {
+  const float near = near_inverse(scale);
+  return fmaf(fmaf(-scale, near, 1.0f), near, near);
+}
+
 __device__ __forceinline__ float block_scale(float largest, bool pow2) {
-  const float scale = fmaxf(__fdiv_rn(largest, kE4m3Max), kSmallestScale);
+  const float scale = fmaxf(over_e4m3_max(largest), kSmallestScale);
   if (!pow2) return scale;
   const uint32_t bits = __float_as_uint(scale);
   return __uint_as_float((bits + 0x7FFFFF) & 0x7F800000);
@@ -81,30 +103,6 @@ __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* o
 
 // ---- up: z and a = swiglu(z), both quantized
 
-// Scale of the block of a quad's values, 32 a lane. Rare values are taken care of where there is one, for all lanes.
-__device__ __forceinline__ float quad_scale(float (&v)[32], bool pow2) {
-  float largest = largest_of(v);
-  if (__any_sync(0xffffffff, infinite(largest))) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) v[i] = without_inf(v[i]);
-    largest = largest_of(v);
-  }
-  return block_scale(quad_max(largest), pow2);
-}
-
-// A row's 128 values of z, of which each lane of a quad holds every fourth pair, as e4m3 into ``out``. Returns the scale.
-__device__ __forceinline__ float quantize_z_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row,
-                                                float (&v)[32]) {
-  const float scale = quad_scale(v, p.pow2), inverse = __fdiv_rn(1.0f, scale);
-  row = opaque(row);
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const uint32_t pair = to_e4m3(v[2 * j] * inverse, v[2 * j + 1] * inverse);
-    *reinterpret_cast<uint16_t*>(out + swizzled(row, 8 * j + 2 * me.quad())) = static_cast<uint16_t>(pair);
-  }
-  return scale;
-}
-
 template <bool kClamp>
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
   if constexpr (kClamp) {
@@ -117,54 +115,110 @@ __device__ __forceinline__ float swiglu(float gate, float up, float clamp) {
 // The four lanes of a quad hold four bytes each, one of every fourth column; afterwards, of the columns that follow
 // each other: lane q has byte q of lanes 0, 1, 2, 3.
 __device__ __forceinline__ uint32_t transpose_quad(uint32_t mine, int quad) {
-  uint32_t other = __shfl_xor_sync(0xffffffff, mine, 1);
-  mine = quad & 1 ? __byte_perm(other, mine, 0x7351) : __byte_perm(mine, other, 0x6240);
-  other = __shfl_xor_sync(0xffffffff, mine, 2);
-  return quad & 2 ? __byte_perm(other, mine, 0x7632) : __byte_perm(mine, other, 0x5410);
+  mine = __byte_perm(mine, __shfl_xor_sync(0xffffffff, mine, 1), quad & 1 ? 0x3715 : 0x6240);
+  return __byte_perm(mine, __shfl_xor_sync(0xffffffff, mine, 2), quad & 2 ? 0x3276 : 0x5410);
 }
 
-// a of one row: 16 values from the left tile of z and 16 from the right one make its block of 128.
-__device__ __forceinline__ float quantize_a_row(const Fp8Gemm& p, uint8_t* out, const Lane& me, int row,
-                                                float (&v)[32]) {
-  const float scale = quad_scale(v, p.pow2), inverse = __fdiv_rn(1.0f, scale);
-  row = opaque(row);
+// A thread's part of two tiles of z, and of the tile of a that they make: of its row, and of the one 8 further down.
+struct Activated {
+  float a[2][32];
+  float largest_z[4], largest_a[2];  // magnitudes, by 2 * below + tile and by below
+  bool rare;                         // some lane has an Inf, which is a NaN in all that follows
+};
+
+template <bool kRare>
+__device__ __forceinline__ float tamed(float value) {
+  return kRare ? without_inf(value) : value;
+}
+
+template <bool kRare>
+__device__ __forceinline__ void find_largest(const float (&z)[2][64], Activated& found) {
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    float a[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) a[i] = tamed<kRare>(found.a[below][i]);
+    found.largest_a[below] = largest_of(a);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      float v[32];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) v[i] = tamed<kRare>(z[tile][i / 2 * 4 + 2 * below + i % 2]);
+      found.largest_z[2 * below + tile] = largest_of(v);
+    }
+  }
+}
+
+template <bool kClamp>
+__device__ __forceinline__ void activate(const float (&z)[2][64], float clamp, Activated& found) {
+#pragma unroll
+  for (int i = 0; i < 128; i += 2) {
+    const int tile = i / 64, at = i % 64;
+    found.a[at / 2 % 2][16 * tile + at / 4] = swiglu<kClamp>(z[tile][at], z[tile][at + 1], clamp);
+  }
+  find_largest<false>(z, found);
+  const float largest[6] = {found.largest_z[0], found.largest_z[1], found.largest_z[2],
+                            found.largest_z[3], found.largest_a[0], found.largest_a[1]};
+  found.rare = __any_sync(0xffffffff, infinite(largest_of(largest)));
+  if (found.rare) find_largest<true>(z, found);
+}
+
+// A row of a tile of z to where ``at`` is its first byte's place; see store_up.
+template <bool kRare>
+__device__ __forceinline__ void quantize_z(uint8_t* piece, int at, float inverse, const float* z) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const uint32_t pair = to_e4m3(tamed<kRare>(z[4 * j]) * inverse, tamed<kRare>(z[4 * j + 1]) * inverse);
+    *reinterpret_cast<uint16_t*>(piece + (at ^ (j / 2 * 16)) + j % 2 * 8) = static_cast<uint16_t>(pair);
+  }
+}
+// A row of a likewise.
+template <bool kRare>
+__device__ __forceinline__ void quantize_a(uint8_t* piece, int at, float inverse, const float (&a)[32], int quad) {
 #pragma unroll
   for (int g = 0; g < 8; ++g) {
-    const uint32_t mine =
-        to_e4m3(v[4 * g] * inverse, v[4 * g + 1] * inverse, v[4 * g + 2] * inverse, v[4 * g + 3] * inverse);
-    const int column = 16 * g + 4 * me.quad();
-    *reinterpret_cast<uint32_t*>(out + swizzled(row, column)) = transpose_quad(mine, me.quad());
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = tamed<kRare>(a[4 * g + i]) * inverse;
+    *reinterpret_cast<uint32_t*>(piece + (at ^ (g * 16))) = transpose_quad(to_e4m3(v[0], v[1], v[2], v[3]), quad);
   }
-  return scale;
 }
 
 // Two tiles of z, side by side, and the tile of a that they make.
 template <class Kind>
 __device__ __forceinline__ void store_up(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
-                                         const Unit& unit, const float (&total)[2][64]) {
-  constexpr int kPieceBytes = kOperandBytes / 2;
-  const int first = unit.row + me.group * 64;
-  float a[2][32];  // of this thread's row, and of the one 8 further down
+                                         const Unit& unit, const float (&z)[2][64]) {
+  constexpr int kPieceBytes = kOperandBytes / 2, kBelow = 8 * kTile;  // bytes
+  const int first = unit.row + me.group * 64, quad = me.quad();
+  Activated found;
+  activate<Kind::kClamp>(z, p.clamp, found);
+  // Each lane of a quad has the scale of one row and tile of z, and two of them that of the row's a.
+  const float(&a)[2] = found.largest_a;
+  const float z_scale = block_scale(quad_max(found.largest_z, quad), p.pow2);
+  const float a_scale = block_scale(quad_max({a[0], a[0], a[1], a[1]}, quad), p.pow2);
+  const float z_inverse = inverse_of(z_scale), a_inverse = inverse_of(a_scale);
+  if (unit.alive) {
+    const int64_t row = first + me.row() + quad / 2 * 8;
+    p.d_scale[row * (p.width / kTile) + unit.column / kTile + quad % 2] = z_scale;
+    if (p.e != nullptr && quad % 2 == 0) p.e_scale[row * (p.width / 2 / kTile) + unit.column / 2 / kTile] = a_scale;
+  }
+  // The first byte's place in a row; that of another column differs in bits that are zeros there.
+  const int lane = opaque(me.lane), at = swizzled(me.warp * 16 + lane / 4, 0), of_quad = lane / 4 * 4;
   begin_output(me);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     uint8_t* piece = out + tile * kPieceBytes;
-    const int column = unit.column + tile * kTile;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      float v[32];
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        v[2 * j] = total[tile][4 * j + 2 * below];
-        v[2 * j + 1] = total[tile][4 * j + 2 * below + 1];
-        a[below][16 * tile + j] = swiglu<Kind::kClamp>(v[2 * j], v[2 * j + 1], p.clamp);
+      const float inverse = __shfl_sync(0xffffffff, z_inverse, of_quad + 2 * below + tile);
+      if (found.rare) {
+        quantize_z<true>(piece + below * kBelow, at + 2 * quad, inverse, z[tile] + 2 * below);
+      } else {
+        quantize_z<false>(piece + below * kBelow, at + 2 * quad, inverse, z[tile] + 2 * below);
       }
-      const int64_t row = me.row() + 8 * below;
-      const float scale = quantize_z_row(p, piece, me, row, v);
-      if (unit.alive && me.quad() == 0) p.d_scale[(first + row) * (p.width / kTile) + column / kTile] = scale;
     }
     if (end_output(me)) {
-      if (unit.alive) tensor_store(maps.d, piece, column, first);
+      if (unit.alive) tensor_store(maps.d, piece, unit.column + tile * kTile, first);
       store_commit();
     }
   }
@@ -172,9 +226,12 @@ __device__ __forceinline__ void store_up(const Fp8Gemm& p, const Maps& maps, uin
   begin_output<1>(me);  // where the left tile of z was
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    const int64_t row = me.row() + 8 * below;
-    const float scale = quantize_a_row(p, out, me, row, a[below]);
-    if (unit.alive && me.quad() == 0) p.e_scale[(first + row) * (p.width / 2 / kTile) + unit.column / 2 / kTile] = scale;
+    const float inverse = __shfl_sync(0xffffffff, a_inverse, of_quad + 2 * below);
+    if (found.rare) {
+      quantize_a<true>(out + below * kBelow, at + 4 * quad, inverse, found.a[below], quad);
+    } else {
+      quantize_a<false>(out + below * kBelow, at + 4 * quad, inverse, found.a[below], quad);
+    }
   }
   if (end_output(me)) {
     if (unit.alive) tensor_store(maps.e, out, unit.column / 2, first);

@@ -278,12 +278,18 @@ __device__ __forceinline__ void load_matrices(Address row, uint32_t (&v)[4]) {
 
 // ---- Numbers
 
+// 1 / x, to about the last bit.
+__device__ __forceinline__ float near_inverse(float x) {
+  float found;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+  return found;
+}
+
 // 1 / (1 + e^-x), to a few bits of float32's last.
 __device__ __forceinline__ float sigmoid(float x) {
-  float power, found;
+  float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(1.0f + power));
-  return found;
+  return near_inverse(1.0f + power);
 }
 
 // The smaller one. Unlike fminf it keeps a NaN.

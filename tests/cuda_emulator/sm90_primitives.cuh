@@ -436,6 +436,7 @@ inline void load_matrices(Address row, uint32_t (&v)[4]) {
 }
 
 inline float at_most(float x, float bound) { return x > bound ? bound : x; }
+inline float near_inverse(float x) { return 1.0f / x; }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 inline uint32_t to_e4m3(float low, float high) {

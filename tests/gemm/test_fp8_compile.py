@@ -29,7 +29,7 @@ def assembler_report(tmp_path_factory):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sums_stay_in_registers(assembler_report, kernel):
     """Two accumulators of 64 to 128 registers, and nothing in local memory. The clamped backward of down for a 16-bit
-    wgrad leaves two words of a tile's place there, outside its loops."""
+    wgrad leaves a word of a tile's place there, outside its loops."""
     about = re.search(rf"Function properties for \S*{kernel}\S*\n(.*)\n(.*)", assembler_report)
     assert about, assembler_report
     frame, stores, loads = (int(number) for number in re.findall(r"\d+", about[1]))

@@ -1,6 +1,8 @@
 """The FP8 stages on Hopper: each beside its definition on the same operands, then the engine against float64."""
 
 import dataclasses
+import pathlib
+import subprocess
 
 import pytest
 import torch
@@ -17,6 +19,13 @@ pytestmark = pytest.mark.gpu
 SUMS = 1e-3
 # One value in some dozens lies so near the middle of two codes that such a difference decides.
 CODES = 3e-2
+
+
+def test_scales_are_divided_exactly(tmp_path):
+    """Scales are found and inverted by less than the compiler's divisions: the same bits for every float there is."""
+    source, program = pathlib.Path(__file__).with_name("divisions.cu"), tmp_path / "divisions"
+    subprocess.run(["nvcc", "-arch=sm_90a", "-std=c++17", "-O3", source, "-o", program], check=True)
+    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == "0 0\n"
 
 
 @pytest.fixture(params=ROUTINGS)
