@@ -156,3 +156,24 @@ def test_nan_and_inf_stay_where_they_are(module, monkeypatch, cache_dir):
         problem.route(cache_dir), problem.plan(cache_dir), need_a=False,
     )  # fmt: skip
     assert z.scale.isfinite().all(), "a NaN touches its block's scale"
+
+
+def test_what_is_beyond_float32_is_nan(module, monkeypatch, cache_dir):
+    """An Inf that comes up in z, or only in a, counts for no scale; the rest of its block keeps its precision."""
+    fp8_emulator.install(monkeypatch, module, clusters=1)
+    problem = Fp8Problem(t=60, k=1, e=2, h=128, i=128, device=CPU)
+    problem.indices[:, 0] = torch.arange(60) % 2
+    # Rows of the weights without a change of sign, so that no order of sums matters.
+    rows = torch.tensor([8.0, 1.0, -1.0, 0.0])[torch.randint(4, (2, 256, 1), generator=torch.manual_seed(0))]
+    problem.w1.copy_((rows / 128).expand_as(problem.w1))
+    problem.x[0], problem.x[3] = 1e38, 1e19
+    plan = problem.plan(cache_dir)
+    x = quant.quantize_rows(problem.x, plan.recipe)
+    given = x, problem.weights(plan), problem.route(cache_dir), plan
+    found, wanted = (stages.up_projection(*given, need_a=True) for stages in (sm90_fp8, naive))
+    for name, ours, theirs in zip("za", found, wanted, strict=True):
+        beyond, same = (tensor.data.float().isnan() for tensor in (ours, theirs))
+        assert torch.equal(beyond, same), name
+        assert beyond.any(dim=1).sum() == {"z": 1, "a": 2}[name]
+        torch.testing.assert_close(quant.dequantize(ours), quant.dequantize(theirs), rtol=0.13, atol=0, equal_nan=True)
+        assert torch.equal(ours.scale, theirs.scale), name
