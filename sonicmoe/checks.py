@@ -110,7 +110,7 @@ _device_name = cache(str)
 
 def is_cpu(tensor) -> bool:
     place = getattr(tensor, "place", None)
-    return tensor.device.type == "cpu" if place is None else place.is_cpu_place()
+    return tensor.is_cpu if place is None else place.is_cpu_place()
 
 
 def require_int(name: str, value, minimum: int = 1) -> int:

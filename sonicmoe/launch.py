@@ -138,8 +138,9 @@ def call_ffi(function, like, *arguments) -> None:
 
 
 def cut(whole, sizes: list[int]) -> list:
-    """A flat tensor as consecutive views. One call where the framework's split makes views, slices where it copies."""
-    split = getattr(torch, "split_with_sizes", None)
+    """A flat tensor as consecutive pieces of its memory. One call where the framework's split copies nothing, slices
+    where it does. The pieces know nothing of each other: autograd must have nothing to do with ``whole``."""
+    split = getattr(torch, "unsafe_split_with_sizes", None)
     if split is not None:
         return split(whole, sizes)
     views, start = [], 0

@@ -11,12 +11,13 @@ class Arrays:
     """The seven outputs and the workspace as views of one int32 allocation."""
 
     def __init__(self, like, n_tokens: int, n_experts: int, n_slots: int, n_rows: int, workspace: int):
-        # The workspace, the offsets and the gather first, each at a multiple of 16 bytes as allocations begin: kernels
-        # read the one 16 bytes at a time, and the GEMMs take the others only so.
-        slack = -(n_experts + 1 + workspace) % 4
-        sizes = [workspace, n_experts + 1, slack, n_rows, n_rows, n_rows, n_slots, n_tokens + 1, n_slots]
-        whole = torch.empty([sum(sizes)], dtype=torch.int32, device=beside(like))
-        self.workspace, offset, _, gather, scatter, scores, reverse, slot_offset, source = cut(whole, sizes)
+        # The offsets, the workspace and the gather first, each at a multiple of 16 bytes as allocations begin: kernels
+        # read the second one 16 bytes at a time, and the GEMMs take the others only so.
+        offsets = n_experts + 1
+        slack, inner = -offsets % 4, workspace + -workspace % 4
+        sizes = [offsets, slack + inner, n_rows, n_rows, n_rows, n_slots, n_tokens + 1, n_slots]
+        whole = torch.empty(sum(sizes), dtype=torch.int32, device=beside(like))
+        offset, hidden, gather, scatter, scores, reverse, slot_offset, source = cut(whole, sizes)
         self.views = {
             "expert_offset": offset,
             "x_gather_idx": gather,
@@ -26,10 +27,11 @@ class Arrays:
             "scores": scores.view(torch.float32),
             "score_src_idx": source,
         }
+        self._hidden, self._workspace = hidden, slice(slack, slack + workspace)
         # By sums and not by asking each view: a call costs 20 us in all, and seven questions would be one of them.
-        self.workspace_address = address(whole)
-        offset_at = self.workspace_address + 4 * workspace
-        gather_at = offset_at + 4 * (n_experts + 1 + slack)
+        offset_at = address(whole)
+        self.workspace_address = offset_at + 4 * (offsets + slack)
+        gather_at = self.workspace_address + 4 * inner
         scatter_at = gather_at + 4 * n_rows
         scores_at = scatter_at + 4 * n_rows
         reverse_at = scores_at + 4 * n_rows
@@ -37,6 +39,10 @@ class Arrays:
         source_at = slot_offset_at + 4 * n_tokens + 4
         # Of the seven outputs, in the order of ``Routing``'s fields.
         self.addresses = offset_at, gather_at, scatter_at, reverse_at, slot_offset_at, scores_at, source_at
+
+    @property
+    def workspace(self):
+        return self._hidden[self._workspace]
 
 
 class Bound(NamedTuple):

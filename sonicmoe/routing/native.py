@@ -43,7 +43,7 @@ def build_host(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
     arrays = Arrays(indices, int(indices.shape[0]), n_experts, n_slots, n_rows, 0)
     source, target, words = _scale_rows(scales, n_rows)
     module.build(inputs, module.Outputs(*arrays.addresses, n_slots, n_rows), address(source), address(target), words)
-    return {**arrays.views, "counts": found, "sorted_scales": target}
+    return arrays.views | {"counts": found, "sorted_scales": target}
 
 
 def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, scales=None) -> dict:
@@ -70,7 +70,8 @@ def build_cuda(indices, probs, n_experts: int, block: int, counts, cache_dir, sc
         arrays.workspace_address,
         current_stream(indices),
     )
-    return {**arrays.views, "counts": None, "sorted_scales": target}
+    arrays.views["counts"], arrays.views["sorted_scales"] = None, target
+    return arrays.views
 
 
 def _scale_rows(scales, n_rows: int):
