@@ -141,7 +141,9 @@ class Bench:
         return alone
 
     def time(self, kernel: str, seconds: float) -> dict:
-        """One turn: steps back to back for about ``seconds``, on the host's clock and on the device's."""
+        """One turn: steps back to back for about ``seconds``, on the host's clock and on the device's, after as many that
+        are not timed: at its power limit a GPU needs a while to find the clock of what it does now, and till then has
+        that of the one whose turn it was before."""
         self.choose(kernel)
         self.repeat(2)
         self.wait()
@@ -151,6 +153,8 @@ class Bench:
             self.wait()
             self.iterations[kernel] = min(max(round(3 * seconds / (time.perf_counter() - begin)), 3), 1000)
         times = self.iterations[kernel]
+        self.repeat(times)
+        self.wait()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.on_gpu else []
         begin = time.perf_counter()
         for event in events[:1]:
