@@ -20,6 +20,9 @@ class _Deferral:
         with self._lock:
             self._hook = hook
 
+    def is_set(self) -> bool:
+        return self._hook is not None
+
     def take(self, point: str, weight, run_wgrad: Callable) -> bool:
         """Offer one weight gradient; True if the hook keeps it for later."""
         with self._lock:
@@ -30,3 +33,4 @@ class _Deferral:
 _deferral = _Deferral()
 set_wgrad_deferral_hook = _deferral.set
 offer_wgrad = _deferral.take
+may_be_deferred = _deferral.is_set

@@ -141,9 +141,9 @@ class Bench:
         return alone
 
     def time(self, kernel: str, seconds: float) -> dict:
-        """One turn: steps back to back for about ``seconds``, on the host's clock and on the device's, after as many that
-        are not timed: at its power limit a GPU needs a while to find the clock of what it does now, and till then has
-        that of the one whose turn it was before."""
+        """One turn: steps back to back for about ``seconds``, on the host's clock and on the device's, after as many
+        that are not timed: at its power limit a GPU needs a while to find the clock of what it does now, and till then
+        has that of the one whose turn it was before."""
         self.choose(kernel)
         self.repeat(2)
         self.wait()

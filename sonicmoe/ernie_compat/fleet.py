@@ -7,6 +7,7 @@ there is, and nothing here touches the data of the parameter itself.
 """
 
 import threading
+from contextlib import nullcontext
 
 import paddle
 
@@ -17,12 +18,13 @@ from ..gemm.plan import Plan, make_plan
 from ..launch import make_current
 from ..quant.api import quantize_weight, quantize_weights
 from ..quant.formats import QuantWeights
-from ..wgrad_deferral import offer_wgrad
+from ..wgrad_deferral import may_be_deferred, offer_wgrad
 from . import dispatch
 from .autocast import without_autocast
 from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of, versions
 from .fleet_config import resolve
 from .fp8_payload import weight_payload
+from .handover import Handover
 from .main_grad import require_main_grad
 from .weights import is_emptied
 
@@ -201,6 +203,7 @@ class _OwedGradient:
         self._experts = experts
         self._work = wgrad, accumulate  # None once it is done: whoever keeps this keeps no activations
         self._versions = versions(wgrad.saved_x, wgrad.dout)
+        self._handover = Handover(wgrad.routing.expert_offset) if may_be_deferred() else None
 
     def __call__(self) -> None:
         with _main_grad_lock, paddle.no_grad(), without_autocast():
@@ -219,7 +222,8 @@ class _OwedGradient:
                 weight.main_grad = paddle.zeros(shape, dtype="float32", device=self.place)
             else:  # another one than at forward, maybe
                 _check_main_grad(self.point, weight, wgrad.routing.expert_offset)
-            accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, *self._experts))
+            with self._handover.here() if self._handover else nullcontext():
+                accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, *self._experts))
             self._work = None
 
 

@@ -10,7 +10,8 @@ their place. The gradient of a weight takes one of two ways:
   Megatron, which waits for its hook and throws the gradient away: it gets that flag set and an uninitialised gradient
   (zeros under ``zero_out_wgrad``).
   What is added is queued on the stream of the backward, which is that of its forward: who runs forwards on several
-  streams has to order them, and the optimizer behind them. A deferred addition is queued where it is run.
+  streams has to order them, and the optimizer behind them. A deferred addition is queued where it is run, behind what
+  it needs of that backward (``owed_gradient.py``).
 
 A backward of some inputs alone (``torch.autograd.grad``, ``backward(inputs=...)``) leaves the others' ``main_grad`` as
 it was; and ``torch.autograd.grad`` of a weight gives that gradient back, and adds it to nothing.
@@ -27,8 +28,9 @@ from ..expert_mlp import forward as engine_forward
 from ..gemm.api import stages
 from ..gemm.plan import Plan
 from ..routing.metadata import Routing
-from ..wgrad_deferral import offer_wgrad
+from ..wgrad_deferral import may_be_deferred, offer_wgrad
 from .fp8_weights import fp8_weights
+from .owed_gradient import OwedGradient
 from .streams import in_dtype, without_autocast
 
 # Two threads may run backwards through the same weights.
@@ -235,7 +237,7 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
         with _main_grad_lock, torch.no_grad(), without_autocast(main_grad):
             into(wgrad, main_grad, everyone, False)
 
-    if offer_wgrad(point, owner, add):
+    if may_be_deferred() and offer_wgrad(point, owner, OwedGradient(point, owner, wgrad, add)):
         return None
     add()
     if not hasattr(owner, "grad_added_to_main_grad"):

@@ -75,6 +75,26 @@ class InTurns:
                 self.handle, self.event = handle, here.record_event(self.event)
 
 
+class Handover:
+    """Work whose tensors were made on one stream, and which may be finished on another."""
+
+    def __init__(self, like):
+        """On the stream that is current where ``like`` is, behind all that has been queued there so far."""
+        self._like, self._handle = like, None
+        if like.is_cuda:
+            self._handle = current_stream(like)
+            self._event = torch.cuda.current_stream(like.device).record_event()
+
+    def take(self, tensors) -> None:
+        """The stream that is current now waits for what made the tensors, and their memory for what it will read."""
+        if self._handle is None or self._handle == current_stream(self._like):
+            return
+        here = torch.cuda.current_stream(self._like.device)
+        here.wait_event(self._event)
+        for tensor in tensors:
+            tensor.record_stream(here)
+
+
 def plan_for(x, activation, config, x_name: str = "x") -> Plan:
     """A plan for rows like ``x``, a tensor or the facts of one."""
     checks.require_dtype(x_name, x, checks.FLOAT_DTYPES)

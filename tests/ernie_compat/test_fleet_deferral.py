@@ -3,6 +3,7 @@
 import paddle
 import pytest
 
+from sonicmoe.ernie_compat import handover
 from sonicmoe.functional import set_wgrad_deferral_hook
 from tests.support.fleet_calls import RECIPES, SMALL, Call, activations_of, once
 from tests.support.lifecycle import assert_same_bits, bits, host_bytes, series, together
@@ -172,3 +173,33 @@ def test_two_threads_on_the_same_parameters(given, deferral):
             queue[name] = []
             total = bits(parts[0][part] + parts[1][part])
             assert bits(weight.main_grad) == total, f"{name}, round {number}: a gradient is lost"
+
+
+class Event:
+    """Writes down what streams are asked for."""
+
+    said: list
+
+    def record(self, stream):
+        self.said.append(("record", stream))
+
+    def wait(self, stream):
+        self.said.append(("wait", stream))
+
+
+@pytest.mark.parametrize("later", [7, 8], ids=["same stream", "another stream"])
+def test_streams_of_a_deferred_gradient(later, monkeypatch):
+    """Another stream runs it between what the backward's had queued and what that one does next."""
+    said, now = [], [7]
+    monkeypatch.setattr(Event, "said", said, raising=False)
+    monkeypatch.setattr(handover.cuda_driver, "Event", Event)
+    monkeypatch.setattr(handover.checks, "is_cpu", lambda tensor: False)
+    monkeypatch.setattr(handover, "is_cuda", lambda tensor: True)
+    monkeypatch.setattr(handover, "make_current", lambda tensor: None)
+    monkeypatch.setattr(handover, "current_stream", lambda tensor: now[0])
+    found = handover.Handover(None)
+    now[0] = later
+    with found.here():
+        said.append("work")
+    ordered = [("wait", 8), "work", ("record", 8), ("wait", 7)]
+    assert said == [("record", 7), *(["work"] if later == 7 else ordered)]

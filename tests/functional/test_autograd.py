@@ -1,6 +1,7 @@
 """The autograd node over the engine: gradients against float64, both ways of a weight gradient, and the tape's ways."""
 
 import threading
+import weakref
 
 import pytest
 
@@ -238,18 +239,48 @@ def test_two_threads_add_to_one_main_grad():
     assert oracle.error(w1.main_grad, expected) < 1e-5
 
 
-def test_a_pipeline_may_take_the_weight_gradient_for_later():
-    problem, taken = oracle.make(), []
-    problem.w1.main_grad = torch.zeros(problem.w1.shape)
-    set_wgrad_deferral_hook(lambda point, weight, work: taken.append((point, weight, work)) or True)
+def left_for_later(problem, point):
+    """The one weight gradient that a pipeline takes in a backward, if that weight alone has a main_grad."""
+    getattr(problem, point).main_grad = torch.zeros(getattr(problem, point).shape)
+    taken = []
+    set_wgrad_deferral_hook(lambda *given: taken.append(given) or True)
     try:
         run(problem)
     finally:
         set_wgrad_deferral_hook(None)
-    ((point, weight, work),) = taken  # w2 has no main_grad: it goes through the tape
+    (found,) = taken  # the other one has no main_grad: it goes through the tape
+    return found
+
+
+def test_a_pipeline_may_take_the_weight_gradient_for_later():
+    problem = oracle.make()
+    point, weight, work = left_for_later(problem, "w1")
     assert point == "w1" and weight is problem.w1 and not problem.w1.main_grad.any()
     work()
     oracle.assert_close({"w1": problem.w1.main_grad}, oracle.reference(problem), 1e-5)
+    once = problem.w1.main_grad.clone()
+    with pytest.raises(RuntimeError, match="called again for w1"):
+        work()
+    assert torch.equal(problem.w1.main_grad, once)
+
+
+@pytest.mark.parametrize("point", ["w1", "w2"])
+def test_what_a_later_gradient_is_made_from_may_not_change(point):
+    problem = oracle.make()
+    _, weight, work = left_for_later(problem, point)
+    with torch.no_grad():
+        (problem.x if point == "w1" else problem.dout).mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place after backward, but the gradient of " + point):
+        work()
+    assert not weight.main_grad.any()
+
+
+def test_a_later_gradient_holds_its_activations_until_it_is_there():
+    _, _, work = left_for_later(oracle.make(), "w1")
+    wgrad = weakref.ref(work._work[0])
+    assert wgrad() is not None
+    work()
+    assert wgrad() is None
 
 
 # ---- What a tape does ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sonicmoe import MoE, SonicMoEConfig
-from sonicmoe.functional import moe_TC_softmax_topk_layer, whole_layer
+from sonicmoe.functional import moe_TC_softmax_topk_layer, set_wgrad_deferral_hook, whole_layer
 from tests.workers.first_steps import STEPS
 
 pytestmark = pytest.mark.gpu
@@ -73,3 +73,43 @@ def test_the_last_token_counts_for_the_router(cache_dir, monkeypatch, n_tokens, 
         logits.retain_grad()
         out.backward(dout)
     assert relative(router.grad, logits.grad.double().t() @ x.double()) < bound
+
+
+SLEEP = 200_000_000  # cycles, a tenth of a second
+
+
+@pytest.mark.parametrize("use_fp8", [False, True], ids=["bf16", "fp8"])
+def test_a_later_weight_gradient_on_another_stream(cache_dir, use_fp8):
+    """It waits for the backward, and what it reads is not handed out again before: without events of the caller's."""
+    torch.manual_seed(0)
+    moe = MoE(8, 4, 1024, 512, "swiglu", False, 0.02).to(device="cuda", dtype=torch.bfloat16)
+    x, dout = (torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weights, side = (moe.c_fc.weight, moe.c_proj.weight), torch.cuda.Stream()
+
+    def main_grads(later: bool) -> list:
+        taken = []
+        for weight in weights:
+            weight.main_grad = torch.zeros(weight.shape, device="cuda")
+        torch.cuda.synchronize()
+        out = moe(x.clone().requires_grad_())[0]
+        set_wgrad_deferral_hook((lambda point, weight, work: taken.append(work) or True) if later else None)
+        torch.cuda._sleep(SLEEP)
+        out.backward(dout.clone())
+        set_wgrad_deferral_hook(None)
+        del out
+        assert len(taken) == 2 * later
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(2 * SLEEP)
+            while taken:
+                taken.pop()()
+        # Whatever memory is free on this stream is written while the other one still sleeps.
+        free = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        junk = [torch.full([2**20], float("nan"), device="cuda") for _ in range(free // 2**22)]
+        torch.cuda.synchronize()
+        del junk
+        return [weight.main_grad.clone() for weight in weights]
+
+    with SonicMoEConfig(use_fp8=use_fp8, fp8_wgrad=use_fp8, cache_dir=cache_dir).activate():
+        main_grads(later=False)  # what is compiled is compiled
+        expected = main_grads(later=False)
+        assert all(torch.equal(found, wanted) for found, wanted in zip(main_grads(later=True), expected, strict=True))
