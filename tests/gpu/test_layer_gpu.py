@@ -78,9 +78,11 @@ def test_the_last_token_counts_for_the_router(cache_dir, monkeypatch, n_tokens, 
 SLEEP = 200_000_000  # cycles, a tenth of a second
 
 
+@pytest.mark.parametrize("pause", [0, 2 * SLEEP], ids=["at once", "after a while"])
 @pytest.mark.parametrize("use_fp8", [False, True], ids=["bf16", "fp8"])
-def test_a_later_weight_gradient_on_another_stream(cache_dir, use_fp8):
-    """It waits for the backward, and what it reads is not handed out again before: without events of the caller's."""
+def test_a_later_weight_gradient_on_another_stream(cache_dir, use_fp8, pause):
+    """A stream that could begin at once waits for the backward, and what one that begins late will read is not handed
+    out again before: without events of the caller's."""
     torch.manual_seed(0)
     moe = MoE(8, 4, 1024, 512, "swiglu", False, 0.02).to(device="cuda", dtype=torch.bfloat16)
     x, dout = (torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -99,7 +101,7 @@ def test_a_later_weight_gradient_on_another_stream(cache_dir, use_fp8):
         del out
         assert len(taken) == 2 * later
         with torch.cuda.stream(side):
-            torch.cuda._sleep(2 * SLEEP)
+            torch.cuda._sleep(pause)
             while taken:
                 taken.pop()()
         # Whatever memory is free on this stream is written while the other one still sleeps.
