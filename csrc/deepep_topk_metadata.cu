@@ -151,7 +151,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) build_meta
     __syncthreads();
     if (!shared.good) return;
     if (is_placer) {
-      if (!all_valid) place_slots(task, first, slots, shared.compact + compact + valid_before, held);
+      if (!all_valid) {
+        place_slots(task, first, slots, shared.compact + compact + valid_before, held, [](int, bool, int) {});
+      }
       place_rows(task, begin, shared.compact + compact, valid_before, valid, held, base, shared);
     }
     compact += valid;

@@ -137,20 +137,9 @@ __device__ __forceinline__ void place_tile_of_few(const Task& task, uint32_t beg
       if (held.key[i] >= 0) to[i * 32] = row[i];
     }
   } else {
-    const unsigned below = (1u << lane_id()) - 1;
-    int number = compact + valid_before;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const bool is_valid = held.key[i] >= 0;
-      const unsigned among = __ballot_sync(kAllLanes, is_valid);
-      const int mine = number + __popc(among & below);
-      const uint32_t slot = first + i * 32, token = slot / task.topk;
+    place_slots(task, first, slots, compact + valid_before, held, [&](int i, bool is_valid, int mine) {
       store_if(is_valid, p.s_reverse_scatter_idx, mine, row[i]);
-      store_if(is_valid, p.score_src_idx, mine, static_cast<int32_t>(slot));
-      store_if(is_valid, p.scores, mine, held.prob[i]);
-      store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, mine);
-      number += __popc(among);
-    }
+    });
   }
   // In row order, as place_rows does it.
   const int first_token = begin / task.topk;

@@ -311,10 +311,11 @@ __device__ __forceinline__ void place_all_slots(const Task& task, uint32_t begin
   }
 }
 
-// Elsewhere that takes the number of valid slots before: it is `number` for the warp's first.
-template <int kPerThread>
+// Elsewhere that takes the number of valid slots before: it is `number` for the warp's first. ``also(i, valid, mine)`` is
+// told that of each slot.
+template <int kPerThread, class Also>
 __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, uint32_t slots, int number,
-                                            const Held<kPerThread>& held) {
+                                            const Held<kPerThread>& held, Also also) {
   const TopkProblem& p = task.p;
   const unsigned below = (1u << lane_id()) - 1;
 #pragma unroll
@@ -323,6 +324,7 @@ __device__ __forceinline__ void place_slots(const Task& task, uint32_t first, ui
     const unsigned among = __ballot_sync(kAllLanes, is_valid);
     const int mine = number + __popc(among & below);
     const uint32_t slot = first + i * 32, token = slot / task.topk;
+    also(i, is_valid, mine);
     store_if(is_valid, p.score_src_idx, mine, static_cast<int32_t>(slot));
     store_if(is_valid, p.scores, mine, held.prob[i]);
     store_if(slot < slots && slot == token * p.n_topk, p.slot_offset, token, mine);

@@ -30,7 +30,38 @@ class _Deferral:
         return bool(hook(point, weight, run_wgrad)) if hook is not None else False
 
 
+class OwedGradient:
+    """One weight's gradient, to be added to its main_grad once, now or when a pipeline says so."""
+
+    def __init__(self, point: str, weight, wgrad, versions: Callable, add: Callable):
+        """``add(wgrad)`` does it, from what the ``PendingWgrad`` holds. ``versions(...)`` counts changes of tensors in
+        place, as their framework knows them."""
+        self.point, self.weight = point, weight
+        self._lock, self._versions_of = Lock(), versions
+        self._work = wgrad, add  # None once it is done: whoever keeps this keeps no activations
+        self._versions = versions(wgrad.saved_x, wgrad.dout)
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._work is None:
+                raise RuntimeError(f"run_wgrad: called again for {self.point}, whose gradient would count twice")
+            wgrad, add = self._work
+            if self._versions_of(wgrad.saved_x, wgrad.dout) != self._versions:
+                raise RuntimeError(
+                    "run_wgrad: x or the gradient of the output changed in place after backward, but the gradient of "
+                    f"{self.point} was still to be computed from them; clone them first"
+                )
+            add(wgrad)
+            self._work = None
+
+    def settle(self) -> bool:
+        """Whether it is done now; if not, a pipeline has taken it for later."""
+        if _deferral.take(self.point, self.weight, self):
+            return False
+        self()
+        return True
+
+
 _deferral = _Deferral()
 set_wgrad_deferral_hook = _deferral.set
-offer_wgrad = _deferral.take
 may_be_deferred = _deferral.is_set

@@ -18,7 +18,7 @@ from ..gemm.plan import Plan, make_plan
 from ..launch import make_current
 from ..quant.api import quantize_weight, quantize_weights
 from ..quant.formats import QuantWeights
-from ..wgrad_deferral import may_be_deferred, offer_wgrad
+from ..wgrad_deferral import OwedGradient, may_be_deferred
 from . import dispatch
 from .autocast import without_autocast
 from .call import ExpertCall, needs_grad, require_gradient_carrier, require_leaf, run, storage_of, versions
@@ -98,9 +98,9 @@ def run_sonic_moe(
 
     def on_wgrad(wgrad, experts1, experts2, _):  # these weights are watched by nobody: the caller keeps them
         if any(experts2):
-            _accumulate(_OwedGradient("w2", w2, place, wgrad, wgrad.accumulate_dw2, (experts1, experts2)))
+            _accumulate("w2", w2, place, wgrad, (experts1, experts2))
         if any(experts1):
-            _accumulate(_OwedGradient("w1", w1, place, wgrad, wgrad.accumulate_dw1, (experts1, experts2)))
+            _accumulate("w1", w1, place, wgrad, (experts1, experts2))
         if release_fp8_weights:
             _release(w1, w2)
 
@@ -195,46 +195,28 @@ def _check_blocks(parts: dict, recipe) -> None:
             )
 
 
-class _OwedGradient:
-    """One weight's gradient, to be added to its main_grad once, now or when a pipeline says so."""
+def _accumulate(point: str, weight, place, wgrad, experts) -> None:
+    """One weight's gradient into its main_grad, then its backward hook: a reducer must find the whole sum there. Or a
+    pipeline does both later."""
+    handover = Handover(wgrad.routing.expert_offset) if may_be_deferred() else None
 
-    def __init__(self, point: str, weight, place, wgrad, accumulate, experts):
-        self.point, self.weight, self.place = point, weight, place
-        self._experts = experts
-        self._work = wgrad, accumulate  # None once it is done: whoever keeps this keeps no activations
-        self._versions = versions(wgrad.saved_x, wgrad.dout)
-        self._handover = Handover(wgrad.routing.expert_offset) if may_be_deferred() else None
-
-    def __call__(self) -> None:
+    def add(wgrad):
+        like = wgrad.routing.expert_offset
         with _main_grad_lock, paddle.no_grad(), without_autocast():
-            if self._work is None:
-                raise RuntimeError(f"run_wgrad: called again for {self.point}, whose gradient would count twice")
-            wgrad, accumulate = self._work
-            if versions(wgrad.saved_x, wgrad.dout) != self._versions:
-                raise RuntimeError(
-                    f"run_wgrad: x or the gradient of the output changed in place after backward, but that of "
-                    f"{self.point} was still to be computed from them; clone them first"
-                )
-            weight = self.weight
-            make_current(wgrad.routing.expert_offset)
+            make_current(like)
             if getattr(weight, "main_grad", None) is None:
-                shape = list(_main_grad_shape(self.point, weight))
-                weight.main_grad = paddle.zeros(shape, dtype="float32", device=self.place)
+                shape = list(_main_grad_shape(point, weight))
+                weight.main_grad = paddle.zeros(shape, dtype="float32", device=place)
             else:  # another one than at forward, maybe
-                _check_main_grad(self.point, weight, wgrad.routing.expert_offset)
-            with self._handover.here() if self._handover else nullcontext():
-                accumulate(GradBuffers(weight.main_grad, weight.main_grad, True, *self._experts))
-            self._work = None
+                _check_main_grad(point, weight, like)
+            run = wgrad.accumulate_dw1 if point == "w1" else wgrad.accumulate_dw2
+            with handover.here() if handover else nullcontext():
+                run(GradBuffers(weight.main_grad, weight.main_grad, True, *experts))
 
-
-def _accumulate(owed: _OwedGradient) -> None:
-    """One weight's gradient into its main_grad, then its backward hook: a reducer must find the whole sum there."""
-    if offer_wgrad(owed.point, owed.weight, owed):
-        return
-    owed()
-    fire = getattr(owed.weight, "_apply_backward_hook", None)
-    if fire is not None:
-        fire()
+    if OwedGradient(point, weight, wgrad, versions, add).settle():
+        fire = getattr(weight, "_apply_backward_hook", None)
+        if fire is not None:
+            fire()
 
 
 def _release(*weights) -> None:

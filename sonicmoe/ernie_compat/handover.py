@@ -25,6 +25,8 @@ class Handover:
             yield
             return
         self._event.wait(stream)
-        yield
-        self._event.record(stream)
-        self._event.wait(self._stream)
+        try:
+            yield
+        finally:
+            self._event.record(stream)
+            self._event.wait(self._stream)

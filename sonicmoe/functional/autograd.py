@@ -11,7 +11,7 @@ their place. The gradient of a weight takes one of two ways:
   (zeros under ``zero_out_wgrad``).
   What is added is queued on the stream of the backward, which is that of its forward: who runs forwards on several
   streams has to order them, and the optimizer behind them. A deferred addition is queued where it is run, behind what
-  it needs of that backward (``owed_gradient.py``).
+  it needs of that backward.
 
 A backward of some inputs alone (``torch.autograd.grad``, ``backward(inputs=...)``) leaves the others' ``main_grad`` as
 it was; and ``torch.autograd.grad`` of a weight gives that gradient back, and adds it to nothing.
@@ -28,10 +28,9 @@ from ..expert_mlp import forward as engine_forward
 from ..gemm.api import stages
 from ..gemm.plan import Plan
 from ..routing.metadata import Routing
-from ..wgrad_deferral import may_be_deferred, offer_wgrad
+from ..wgrad_deferral import OwedGradient, may_be_deferred
 from .fp8_weights import fp8_weights
-from .owed_gradient import OwedGradient
-from .streams import in_dtype, without_autocast
+from .streams import Handover, in_dtype, tensors_in, without_autocast
 
 # Two threads may run backwards through the same weights.
 _main_grad_lock = threading.Lock()
@@ -232,16 +231,29 @@ def _weight_grad(point: str, weight, owner, into, wgrad):
         into(wgrad, grad, everyone, direct)
         return in_dtype(grad, weight.dtype)
 
-    def add():
+    def add(wgrad):
         main_grad = _standing_main_grad(point, owner)
         with _main_grad_lock, torch.no_grad(), without_autocast(main_grad):
             into(wgrad, main_grad, everyone, False)
 
-    if may_be_deferred() and offer_wgrad(point, owner, OwedGradient(point, owner, wgrad, add)):
-        return None
-    add()
+    if may_be_deferred():
+        handover = Handover(owner)
+
+        def add_anywhere(wgrad):
+            handover.take(wgrad)
+            add(wgrad)
+
+        if not OwedGradient(point, owner, wgrad, _versions, add_anywhere).settle():
+            return None
+    else:
+        add(wgrad)
     if not hasattr(owner, "grad_added_to_main_grad"):
         return None
     owner.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(owner, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)
+
+
+def _versions(*values) -> list[int]:
+    """torch's counts of in-place changes. Tensors of inference mode have none, and nobody may write them outside it."""
+    return [tensor._version for tensor in tensors_in(values) if not tensor.is_inference()]

@@ -3,6 +3,7 @@ run without.
 """
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 
 import torch
 
@@ -75,6 +76,17 @@ class InTurns:
                 self.handle, self.event = handle, here.record_event(self.event)
 
 
+def tensors_in(value) -> list:
+    """Those that a tensor, or what the engine makes of several, consists of."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        parts = value
+    else:
+        parts = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 class Handover:
     """Work whose tensors were made on one stream, and which may be finished on another."""
 
@@ -85,13 +97,14 @@ class Handover:
             self._handle = current_stream(like)
             self._event = torch.cuda.current_stream(like.device).record_event()
 
-    def take(self, tensors) -> None:
-        """The stream that is current now waits for what made the tensors, and their memory for what it will read."""
+    def take(self, held) -> None:
+        """The stream that is current now waits for what made the tensors in ``held``, and their memory for what it will
+        read there."""
         if self._handle is None or self._handle == current_stream(self._like):
             return
         here = torch.cuda.current_stream(self._like.device)
         here.wait_event(self._event)
-        for tensor in tensors:
+        for tensor in tensors_in(held):
             tensor.record_stream(here)
 
 

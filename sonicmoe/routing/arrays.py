@@ -42,6 +42,7 @@ class Arrays:
 
     @property
     def workspace(self):
+        # A slice costs a microsecond, and CUDA's kernels take the address.
         return self._hidden[self._workspace]
 
 

@@ -264,6 +264,17 @@ def test_a_pipeline_may_take_the_weight_gradient_for_later():
     assert torch.equal(problem.w1.main_grad, once)
 
 
+def test_a_pipeline_that_has_run_it_may_not_say_that_it_has_not():
+    problem = oracle.make()
+    problem.w1.main_grad = torch.zeros(problem.w1.shape)
+    set_wgrad_deferral_hook(lambda point, weight, work: work())
+    try:
+        with pytest.raises(RuntimeError, match="called again for w1"):
+            run(problem)
+    finally:
+        set_wgrad_deferral_hook(None)
+
+
 @pytest.mark.parametrize("point", ["w1", "w2"])
 def test_what_a_later_gradient_is_made_from_may_not_change(point):
     problem = oracle.make()

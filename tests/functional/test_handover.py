@@ -1,7 +1,5 @@
 """What is made on one stream and read on another: the orders that the streams get. A GPU shows that they suffice."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from tests.support.torch_child import torch
@@ -10,7 +8,9 @@ RUNS_IN_TORCH = True
 pytestmark = pytest.mark.torch
 
 if torch:
-    from sonicmoe.functional import owed_gradient, streams
+    from sonicmoe.expert_mlp import PendingWgrad
+    from sonicmoe.functional import streams
+    from sonicmoe.gemm.sm90_fp8 import Gradient, TokenMajor
     from sonicmoe.quant.formats import QuantTensor
 
 
@@ -43,6 +43,7 @@ def on(monkeypatch, stream):
 
 def test_another_stream_waits_and_holds_the_memory(monkeypatch):
     first, second, tensors = Stream(0), Stream(7), [Tensor(), Tensor()]
+    monkeypatch.setattr(streams, "tensors_in", list)
     on(monkeypatch, first)
     handover = streams.Handover(Tensor())
     handover.take(tensors)
@@ -57,8 +58,10 @@ def test_a_cpu_has_no_streams():
 
 
 def test_tensors_of_what_the_engine_holds():
-    one, two, three = (torch.zeros(1) for _ in range(3))
-    assert owed_gradient.tensors_in(one) == [one]
-    found = owed_gradient.tensors_in(QuantTensor(one, two, (1, 128)))
-    assert [tensor is wanted for tensor, wanted in zip(found, (one, two), strict=True)] == [True, True]
-    assert owed_gradient.tensors_in(None) == [] and owed_gradient.tensors_in(SimpleNamespace(data=three)) == []
+    one = torch.zeros(1)
+    assert streams.tensors_in(one) == [one] and streams.tensors_in(None) == []
+    tensors = [torch.zeros(1) for _ in range(8)]
+    x, dout, dz, pa = (QuantTensor(*tensors[:2], (1, 128)), tensors[2], Gradient(None, TokenMajor(*tensors[3:5])),
+                       TokenMajor(*tensors[5:7]))  # fmt: skip
+    found = streams.tensors_in(PendingWgrad(x, dout, dz, pa, (tensors[7], 3), None))
+    assert [tensor is wanted for tensor, wanted in zip(found, tensors, strict=True)] == [True] * 8
