@@ -23,7 +23,7 @@ from moe_bench import plot
 from moe_bench.protocol import Worker, WorkerFailed
 from moe_bench.providers import PROVIDERS, Provider, peer_sites
 from moe_bench.results import RIGHT, Table, gemm_rows, median_and_range, summary, verdict, worst
-from moe_bench.shapes import BACKWARD, COLD, KERNELS, NEW_TOKENS, SHAPES, WARM, Shape
+from moe_bench.shapes import BACKWARD, CAPTURED, COLD, DENSE, KERNELS, NEW_TOKENS, SHAPES, WARM, Shape
 
 
 class OutOfTime(Exception):
@@ -90,18 +90,22 @@ def key(kernel: str, provider: str, shape: Shape, loaded: dict) -> dict:
     return {"kernel": kernel, "provider": provider, **sizes, **found}
 
 
+def kernels_of(team: Team, name: str) -> tuple[str, ...]:
+    return (*KERNELS, CAPTURED) if team.args.captured and PROVIDERS[name].captures else KERNELS
+
+
 def load_and_check(team: Team, names: list[str], shape: Shape) -> tuple[dict, dict]:
     """({provider: its load reply}, {(provider, kernel): verdict}) of those that could be loaded."""
     loaded, verdicts = {}, {}
     for name in names:
         begin = time.perf_counter()
-        reply = team.load(name, shape)
+        reply, kernels = team.load(name, shape), kernels_of(team, name)
         if reply is None:
-            verdicts |= {(name, kernel): "not run" for kernel in KERNELS}
+            verdicts |= {(name, kernel): "not run" for kernel in kernels}
             continue
         loaded[name] = reply
-        checked = team.ask(name, "check")
-        verdicts |= {(name, kernel): verdict(kernel, PROVIDERS[name], checked) for kernel in KERNELS}
+        checked = team.ask(name, "check", captured=CAPTURED in kernels)
+        verdicts |= {(name, kernel): verdict(kernel, PROVIDERS[name], checked) for kernel in kernels}
         errors = worst(BACKWARD, checked) if checked else "no check"
         say(f"  {name}: loaded and checked in {time.perf_counter() - begin:.1f} s; off by: {errors}")
     if len({tuple(reply["fingerprint"]) for reply in loaded.values()}) > 1:
@@ -122,23 +126,40 @@ def time_in_turns(team: Team, names: list[str], kernel: str) -> dict[str, list[d
     return turns
 
 
+def figures_of(turns: list[dict], shape: Shape, kernel: str) -> dict:
+    wall, low, high = median_and_range(turn["wall_ms"] for turn in turns)
+    event, _, _ = median_and_range(turn["event_ms"] for turn in turns)
+    found = {"wall_ms": wall, "wall_low": low, "wall_high": high, "event_ms": event}
+    return found | {"rounds": len(turns), "tflops": shape.flops(kernel) / wall / 1e9}
+
+
+def time_dense(team: Team, loaded: dict, shape: Shape, table: Table) -> None:
+    """torch's own dense products, in the process of whoever is there, as a row of torch's."""
+    name = next((name for name in loaded if name in team.workers), None)
+    turns = time_in_turns(team, [name], DENSE)[name] if name else []
+    if turns:
+        found = figures_of(turns, shape, DENSE)
+        table.put(key(DENSE, "torch", shape, loaded[name]) | found | {"run": team.run})
+        say(f"  {DENSE} by torch: {found['wall_ms']:.2f} ms, {found['tflops']:.0f} TFLOP/s")
+
+
 def measure_shape(team: Team, names: list[str], shape: Shape, table: Table) -> list[dict]:
     """Checks, times and memory of one shape, into the table and back as rows."""
     loaded, verdicts = load_and_check(team, names, shape)
     rows = []
-    for kernel in KERNELS:
-        right = [name for name in loaded if verdicts[name, kernel] == RIGHT and name in team.workers]
+    for kernel in (*KERNELS, CAPTURED):
+        mine = {name: reply for name, reply in loaded.items() if kernel in kernels_of(team, name)}
+        right = [name for name in mine if verdicts[name, kernel] == RIGHT and name in team.workers]
         turns = time_in_turns(team, right, kernel)
-        for name, reply in loaded.items():
+        for name, reply in mine.items():
             row = key(kernel, name, shape, reply) | {"check": verdicts[name, kernel], "run": team.run}
             if turns.get(name):
-                wall, low, high = median_and_range(turn["wall_ms"] for turn in turns[name])
-                event, _, _ = median_and_range(turn["event_ms"] for turn in turns[name])
-                row |= {"wall_ms": wall, "wall_low": low, "wall_high": high, "event_ms": event}
-                row |= {"rounds": len(turns[name]), "tflops": shape.flops(kernel) / wall / 1e9}
-                memory = team.ask(name, "memory", kernel=kernel)
-                row |= memory or {}
+                row |= figures_of(turns[name], shape, kernel)
+                if kernel != CAPTURED:  # whose memory is the graph's, taken before
+                    row |= team.ask(name, "memory", kernel=kernel) or {}
             rows.append(table.put(row))
+    if team.args.dense:
+        time_dense(team, loaded, shape, table)
     # A provider that could not even be loaded has no versions, so no row in the table, but it is told.
     nothing = {"device": next((reply["device"] for reply in loaded.values()), "no device"), "versions": ""}
     for name in names:
@@ -279,6 +300,10 @@ def arguments(argv=None):
     )
     parser.add_argument(
         "--env", action="append", default=[], metavar="PROVIDER:NAME=VALUE", help="for that provider alone"
+    )
+    parser.add_argument("--captured", action="store_true", help="ours as a CUDA graph as well")
+    parser.add_argument(
+        "--dense", action="store_true", help="torch's dense products of the same sizes as well, and nothing else"
     )
     parser.add_argument("--no-busy", action="store_true", help="leave the GPU times out")
     parser.add_argument(

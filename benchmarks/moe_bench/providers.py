@@ -36,6 +36,7 @@ class Provider:
     cosine: float = 0.0
     # Adds weight gradients into `.main_grad` itself and leaves `.grad` alone; else the caller adds them after backward.
     adds_main_grad: bool = False
+    captures: bool = False  # its forward and backward wait for nothing, so that a CUDA graph can hold them
     # For the per-kernel table: GEMMs in the order of their launches, and with them, where one may be several launches,
     # what tells its kernel from others.
     gemms: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ PROVIDERS = {
             name="sonicmoe-bf16",
             in_checkout=True,
             adds_main_grad=True,
+            captures=True,
             gemms=GEMMS_IN_ORDER,
             packages=("quack-kernels", "nvidia-cutlass-dsl"),
         ),
@@ -75,6 +77,7 @@ PROVIDERS = {
             relative=0.08,
             cosine=0.9965,
             adds_main_grad=True,
+            captures=True,
             gemms=("up", "down", "dA", "dx", "dW2", "dW1"),
             kernels=("UpKind", "RowsKind", "DownBackwardKind", "RowsKind", "WgradKind", "WgradKind"),
             env={"SONIC_MOE_FP8_MODE": "perf", "SONIC_MOE_FP8_WGRAD": "1"},

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 
 from .providers import BASELINE, PROVIDERS, Provider
-from .shapes import KERNELS, MAIN_GRAD, OUTPUTS
+from .shapes import MAIN_GRAD, OUTPUTS
 
 KEY = ("kernel", "provider", "T", "H", "I", "E", "K", "device", "versions")
 FIGURES = (
@@ -114,7 +114,7 @@ def groups(rows: Iterable[Mapping]) -> dict[tuple, dict[str, Mapping]]:
     """{(kernel, T, H, I, E, K, device): {provider: its latest row}} of what has a check."""
     found: dict[tuple, dict[str, Mapping]] = {}
     for row in rows:
-        if row["kernel"] in KERNELS:
+        if row["kernel"] in OUTPUTS:
             key = (row["kernel"], *(row[name] for name in "THIEK"), row["device"])
             found.setdefault(key, {})[row["provider"]] = row
     return found

@@ -8,6 +8,10 @@ MAIN_GRAD = "forward+backward+main_grad"
 # Each of these is a configuration with a check of its own. MAIN_GRAD accumulates weight gradients in float32 buffers
 # that live on the parameters; the others leave ordinary gradients.
 KERNELS = (FORWARD, BACKWARD, MAIN_GRAD)
+# BACKWARD as a CUDA graph: what is left of it where the host has nothing to do. On request, and only of those who can.
+CAPTURED = "forward+backward captured"
+# The same products as torch multiplies them, dense and nothing else. On request.
+DENSE = "dense GEMMs"
 COLD, WARM, NEW_TOKENS = "cold start", "warm start", "new token count"
 
 # Tensors that the check must have compared before a configuration counts as right.
@@ -15,6 +19,7 @@ OUTPUTS = {
     FORWARD: ("out",),
     BACKWARD: ("out", "dx", "drouter", "dw1", "dw2"),
     MAIN_GRAD: ("out", "dx", "drouter", "dw1", "dw2"),
+    CAPTURED: ("out", "dx", "drouter", "dw1", "dw2"),
 }
 
 # Multiply-adds of each grouped GEMM, in units of T*K*H*I; an operation is half of one.

@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from . import reference
+from . import dense, reference
 from .protocol import serve
-from .shapes import BACKWARD, FORWARD, MAIN_GRAD
+from .shapes import BACKWARD, CAPTURED, DENSE, FORWARD, MAIN_GRAD
 
 
 class Bench:
@@ -22,6 +22,7 @@ class Bench:
         self.device = device
         self.on_gpu = device == "cuda"
         self.moe = self.problem = self.kernel = None
+        self.replay = None
         self.iterations = {}
 
     # ---- what is run
@@ -30,8 +31,8 @@ class Bench:
         import sonicmoe
         from sonicmoe.enums import ActivationType
 
-        self.moe = self.problem = self.kernel = None
-        self.iterations = {}
+        self.moe = self.problem = self.kernel = self.replay = None
+        self.iterations, self.shape = {}, shape
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -61,15 +62,40 @@ class Bench:
         }
 
     def choose(self, kernel: str) -> None:
-        """Give the parameters the buffers that ``kernel`` accumulates in, and take away those it does not."""
+        """Give the parameters the buffers that ``kernel`` accumulates in, and take away those it does not. What is not
+        run call by call is made ready."""
         if kernel == self.kernel:
             return
+        self.replay = None
         for parameter in self.moe.parameters():
             if kernel == MAIN_GRAD:
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
             elif hasattr(parameter, "main_grad"):
                 del parameter.main_grad
         self.kernel = kernel
+        if kernel == CAPTURED:
+            self.replay = self.captured()
+        if kernel == DENSE:
+            self.replay = dense.products(self.shape, self.device)
+
+    def captured(self):
+        """A step as a CUDA graph, which puts the gradients where a step puts them."""
+        for _ in range(3):
+            self.clear()
+            self.step()
+        self.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.step()
+        grads = [(tensor, tensor.grad) for tensor in (self.x, *self.moe.parameters())]
+
+        def replay():
+            graph.replay()
+            for tensor, grad in grads:
+                tensor.grad = grad
+            return out
+
+        return replay
 
     def clear(self) -> None:
         self.x.grad = None
@@ -77,6 +103,8 @@ class Bench:
             parameter.grad = None
 
     def step(self) -> torch.Tensor:
+        if self.replay is not None:
+            return self.replay()
         out, _ = self.moe(self.x, kernel_backend_moe=self.backend)
         if self.kernel != FORWARD:
             out.backward(self.dout)
@@ -110,9 +138,9 @@ class Bench:
         self.clear()
         return {"seconds": seconds}
 
-    def check(self) -> dict:
+    def check(self, captured: bool = False) -> dict:
         runs = {}
-        for kernel in (BACKWARD, MAIN_GRAD):
+        for kernel in (BACKWARD, MAIN_GRAD, CAPTURED)[: 3 if captured else 2]:
             self.choose(kernel)
             self.clear()
             if kernel == MAIN_GRAD:

@@ -1,76 +1,21 @@
-"""The benchmark programs start and check what they say they check; their timings need a GPU."""
+"""benchmarks/moe.py starts and checks what it says it checks; its timings need a GPU."""
 
-import csv
 import dataclasses
 import importlib
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.support.benchmark_runs import ROOT, run_with_torch, stored
+
 OURS, PEER = "sonicmoe-bf16", "sonic-moe"
 
 
-def run_with_torch(arguments, *folders):
-    """A child process with a real torch and, before it, the given folders."""
-    site = os.environ.get("SONICMOE_TEST_TORCH_SITE")
-    if not site:
-        pytest.skip("SONICMOE_TEST_TORCH_SITE is not set")
-    path = os.pathsep.join([*map(str, folders), site])
-    env = {"PYTHONPATH": path, "HOME": os.environ.get("HOME", "/"), "PATH": os.environ["PATH"]}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.torch
-def test_metadata_compares_with_the_definition():
-    printed = run_with_torch(["benchmarks/metadata.py", "--check", "5", "--backends", "host"])
-    assert printed.startswith("5 random routings, host: all arrays equal the definition's")
-
-
-@pytest.mark.torch
-def test_training_in_both_precisions(tmp_path):
-    table, png = tmp_path / "t.csv", tmp_path / "t.png"
-    sizes = "--layers 1 --hidden 128 --intermediate 128 --heads 4 --experts 4 --topk 2 --batch 4 --seq 32 --warmup 5"
-    command = ["benchmarks/training.py", "--device", "cpu", *sizes.split(), "--steps", "40", "--learning-rate", "0.005"]
-    command += ["--seeds", "3", "--precisions", "bf16", "fp8"]
-    printed = run_with_torch([*command, "--bound", "0.02", "--csv", table])
-    assert "FP8 against BF16, mean of 1 seeds" in printed
-    rows = stored(table)
-    assert [(r["precision"], r["seed"]) for r in rows] == [("bf16", "3")] * 40 + [("fp8", "3")] * 40
-    # Two different computations, and both learn.
-    for first, last in ((rows[0], rows[39]), (rows[40], rows[79])):
-        assert float(last["loss"]) < 0.8 * float(first["loss"])
-        assert last["held_out"] != last["held_out_in_other"]
-    assert rows[39]["held_out"] != rows[79]["held_out"]
-    compare = [sys.executable, ROOT / "benchmarks/training.py", "--from-csv", table, "--plot", png]
-    assert subprocess.run([*compare, "--bound", "0.02"], capture_output=True).returncode == 0
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert subprocess.run([*compare, "--bound", "0"], capture_output=True).returncode == 1
-    alone = subprocess.run([*compare, "--precisions", "fp8"], capture_output=True, text=True)
-    assert alone.returncode == 2 and "need bf16 and fp8" in alone.stderr
-
-
-def test_training_tells_how_far_seeds_lie_apart(tmp_path):
-    """+2% and -4% by seed: the mean is -1%, its standard error 3%."""
-    table = tmp_path / "t.csv"
-    rows = [(0, "bf16", 2.0), (0, "fp8", 2.04), (1, "bf16", 3.0), (1, "fp8", 2.88)]
-    lines = [f"{seed},0,{precision},{loss},{loss},{loss},GPU" for seed, precision, loss in rows]
-    table.write_text("\n".join(["seed,step,precision,loss,held_out,held_out_in_other,device", *lines]))
-    command = [sys.executable, ROOT / "benchmarks/training.py", "--from-csv", table, "--bound", "0.02"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wanted = "mean of 2 seeds: -1.00% and -1.00%, bound 2.0%, standard error 3.00% and 3.00%"
-    assert done.returncode == 0 and wanted in done.stdout, done.stdout + done.stderr
-
-
-# ---- benchmarks/moe.py: what is made of figures ----------------------------------------------------------------------
+# ---- What is made of figures ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -87,7 +32,7 @@ def results(part):
 
 def figures(error=0.002, **changes):
     good = {name: [error, 1.0] for name in ("out", "dx", "drouter", "dw1", "dw2")} | changes
-    kernels = ("forward+backward", "forward+backward+main_grad")
+    kernels = ("forward+backward", "forward+backward+main_grad", "forward+backward captured")
     return {"figures": {"forward": {"out": good["out"]}} | dict.fromkeys(kernels, good), "adds_main_grad": True}
 
 
@@ -171,8 +116,7 @@ def test_table_keeps_what_it_did_not_measure(results, tmp_path):
     again.put(row(OURS, wall_ms=0.5))
     again.put(row(OURS, versions="2"))
     again.write(path)
-    with path.open(newline="") as file:
-        found = [(r["provider"], r["E"], r["versions"], r["wall_ms"]) for r in csv.DictReader(file)]
+    found = [(r["provider"], r["E"], r["versions"], r["wall_ms"]) for r in stored(path)]
     assert sorted(found) == [
         (PEER, "4", "1", "1.0000"),
         (OURS, "4", "1", "0.5000"),
@@ -216,7 +160,7 @@ def test_gemms_that_are_several_launches(part, results):
         assert results.gemm_rows(shape, "sonicmoe-fp8", wrong) == []
 
 
-# ---- benchmarks/moe.py: processes ------------------------------------------------------------------------------------
+# ---- Processes ------------------------------------------------------------------------------------
 
 # Stands for a provider: answers from FAKE in its environment, prints where libraries print, and may fail on the way.
 FAKE_WORKER = """
@@ -269,11 +213,6 @@ def runner(part, monkeypatch, tmp_path):
     return run
 
 
-def stored(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run(runner, tmp_path, capsys):
     path = tmp_path / "moe.csv"
     assert runner("--csv", str(path), shapes=("64,32,16,4,2", "65,32,16,4,2")) == 0
@@ -324,6 +263,26 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(runner, tmp_path, capsys):
     assert runner("--csv", str(path), "--limit", "4", faults={PEER: {"sleep": ["time", 10]}}, shapes=shapes) == 1
     assert "stopped at the limit of 4 s; not finished: 65,32,16,4,2" in capsys.readouterr().out
     assert [r["T"] for r in stored(path) if r["wall_ms"]] == ["64"] * 6
+
+
+def test_captured_and_dense_rows(runner, tmp_path, capsys):
+    """Beside the others on request: a graph of those who can be captured, with a check of its own, and torch's
+    products, which are no layer and so are compared with none."""
+    path = tmp_path / "moe.csv"
+    options = ["--csv", str(path), "--captured", "--dense"]
+    assert runner(*options) == 0
+    rows = {(r["kernel"], r["provider"]): r for r in stored(path)}
+    assert len(rows) == 2 * 3 + 2
+    captured, dense = rows["forward+backward captured", OURS], rows["dense GEMMs", "torch"]
+    assert (captured["check"], captured["wall_ms"], captured["gpu_us"]) == ("ok", "1.0000", "900.0")
+    assert (dense["check"], dense["wall_ms"], dense["tflops"]) == ("", "1.0000", captured["tflops"])
+    printed = capsys.readouterr().out
+    assert "forward+backward captured, T" in printed and printed.count("dense GEMMs") == 1
+    wrong = figures()
+    wrong["figures"]["forward+backward captured"] = figures(dx=[0.5, 0.8])["figures"]["forward+backward"]
+    assert runner(*options, "--no-busy", faults={OURS: {"check": wrong}}) == 1
+    row = next(r for r in stored(path) if r["kernel"] == "forward+backward captured")
+    assert row["check"].startswith("failed: dx") and row["wall_ms"] == ""
 
 
 def test_one_provider_alone(runner, capsys):
@@ -386,7 +345,7 @@ def test_providers_share_nothing(part, tmp_path, monkeypatch):
         assert ours[name] != peer[name] and pathlib.Path(ours[name]).is_dir()
 
 
-# ---- benchmarks/moe.py: the check itself -----------------------------------------------------------------------------
+# ---- The check itself -----------------------------------------------------------------------------
 
 # The layer as autograd has it, under the peer's names, with a fault that a test can ask for.
 PLAIN_LAYER = """
@@ -471,8 +430,11 @@ def test_two_real_workers_without_a_gpu(part, monkeypatch, tmp_path, capsys):
         }
         monkeypatch.setitem(moe.PROVIDERS, name, dataclasses.replace(moe.PROVIDERS[name], **changes))
     options = ["--peer-site", str(tmp_path), "--shape", "64,32,16,4,2", "--rounds", "2", "--seconds", "0.01"]
-    assert moe.main([*options, "--providers", f"{OURS},{PEER}", "--csv", str(path)]) == 0, capsys.readouterr().out
+    options += ["--providers", f"{OURS},{PEER}", "--dense", "--csv", str(path)]
+    assert moe.main(options) == 0, capsys.readouterr().out
     rows = stored(path)
+    dense = rows.pop([r["kernel"] for r in rows].index("dense GEMMs"))
+    assert (dense["provider"], dense["check"], dense["gpu_us"]) == ("torch", "", "") and float(dense["wall_ms"]) > 0
     assert len(rows) == 6 and capsys.readouterr().out.count("times as fast as sonic-moe") == 6
     assert all(
         float(r["wall_ms"]) > 0 and float(r["gpu_us"]) > 0 and r["versions"].startswith("sonicmoe ?; torch")
