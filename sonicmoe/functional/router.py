@@ -3,6 +3,7 @@ weight come in.
 """
 
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,21 @@ from ..config import SonicMoEConfig
 from ..routing import router_weight
 from .streams import in_dtype, without_autocast
 
+if find_spec("triton") is not None:
+    from ..routing import triton_router_product
+else:
+    triton_router_product = None
 
-def router_logits(x, router_w):
+
+def _few(config: SonicMoEConfig, x, *others) -> bool:
+    """Whether there are so few tokens on a GPU that a launch of our own is to be preferred to asking torch."""
+    kernels = triton_router_product
+    if kernels is None or config.backend == "naive" or checks.is_cpu(x) or x.shape[0] > kernels.MOST_TOKENS:
+        return False
+    return checks.dtype_name(x) in kernels.DTYPES and all([other.dtype is x.dtype for other in others])
+
+
+def router_logits(x, router_w, config: SonicMoEConfig):
     """In autocast's type, or the router's own: one is often kept in float32 beside bf16 experts.
 
     The cast is made here, because autocast keeps its casts for later ops: one made within an autograd node, off the
@@ -21,8 +35,11 @@ def router_logits(x, router_w):
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else router_w.dtype
+    x, router_w = in_dtype(x, dtype), in_dtype(router_w, dtype)
+    if _few(config, x):
+        return triton_router_product.logits(x, router_w)
     with without_autocast(x):
-        return F.linear(in_dtype(x, dtype), in_dtype(router_w, dtype))
+        return F.linear(x, router_w)
 
 
 def logits_on_tape(x, router_w, config: SonicMoEConfig):
@@ -36,7 +53,7 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, x, router_w, config):
         ctx.save_for_backward(x, router_w)
         ctx.config = config
-        return router_logits(x, router_w)
+        return router_logits(x, router_w, config)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -45,15 +62,17 @@ class _Logits(torch.autograd.Function):
         dx = drouter = None
         with without_autocast(x):
             if ctx.needs_input_grad[0]:
-                dx = plus_product(None, dlogits, in_dtype(router_w, dlogits.dtype), x.dtype)
+                dx = plus_product(None, dlogits, in_dtype(router_w, dlogits.dtype), x.dtype, ctx.config)
             if ctx.needs_input_grad[1]:
                 drouter = router_weight.gradient(dlogits, x, router_w.dtype, ctx.config)
         return dx, drouter, None
 
 
-def plus_product(dx, dlogits, router_w, dtype):
+def plus_product(dx, dlogits, router_w, dtype, config: SonicMoEConfig):
     """dx (or nothing) + dlogits @ router_w in ``dtype``; dx may be written."""
     if dx is not None and dx.dtype == dlogits.dtype == dtype:
+        if dx.is_contiguous() and _few(config, dx, dlogits, router_w):
+            return triton_router_product.add_product(dx, dlogits, router_w)
         return dx.addmm_(dlogits, router_w)
     product = in_dtype(dlogits @ router_w, dtype)
     return product if dx is None else product.add_(in_dtype(dx, dtype))

@@ -43,7 +43,7 @@ def _routed(x, router_w, w1, w2, k: int, activation, config: SonicMoEConfig):
         x = x.reshape(-1, x.shape[-1])
     require_router(x, router_w, w2)
     k = checked_topk(k, int(router_w.shape[0]))
-    logits = router_logits(x, router_w)
+    logits = router_logits(x, router_w, config)
     rows = compute_input(x)
     plan = layer_plan(rows, w1, w2, activation, config)
     with without_autocast(x):
@@ -89,7 +89,7 @@ class _WholeLayer(torch.autograd.Function):
             if need_router and dlogits is not None:
                 drouter = router_weight.gradient(dlogits, rows, router_w.dtype, ctx.config)
             if need_dx and dlogits is not None:
-                dx = plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype)
+                dx = plus_product(dx, dlogits, in_dtype(router_w, logits.dtype), ctx.x_dtype, ctx.config)
                 if dx.shape != ctx.x_shape:
                     dx = dx.reshape(ctx.x_shape)
         return dx, drouter, dw1, dw2, None, None, None

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.torch
 
 if torch:
     from sonicmoe import SonicMoEConfig, count_cumsum, moe_general_routing_inputs, moe_TC_softmax_topk_layer
-    from sonicmoe.functional import enable_quack_gemm, layer, route_topk
+    from sonicmoe.functional import enable_quack_gemm, layer, route_topk, router
     from sonicmoe.routing import topk
 
 
@@ -245,3 +245,34 @@ def test_a_kernel_for_the_router_is_taken_where_there_is_one(monkeypatch):
     assert topk.forward(logits, 2, config) == ("forward", 2)
     assert topk.backward(logits, None, None, 4, torch.float32, config) == ("backward", 4, torch.float32)
     assert topk.forward(logits, 2, SonicMoEConfig(backend="naive"))[0].shape == (2, 2)
+
+
+def test_few_tokens_take_a_launch_of_our_own(monkeypatch):
+    """Of 16-bit types on a GPU; with more tokens, in float32 and under the naive engine torch multiplies."""
+
+    class Kernels:
+        DTYPES, MOST_TOKENS = ("bfloat16", "float16"), 5
+        logits = staticmethod(lambda x, weight: "ours")
+        add_product = staticmethod(lambda dx, dlogits, weight: "ours")
+
+    monkeypatch.setattr(router, "triton_router_product", Kernels)
+    config = SonicMoEConfig()
+
+    def taken(n_tokens, dtype=torch.bfloat16, config=config, dlogits=torch.bfloat16, apart=False):
+        x, weight, dx = torch.ones(n_tokens, 3, dtype=dtype), torch.ones(2, 3, dtype=dtype), torch.ones(n_tokens, 3)
+        dx = torch.ones(3, n_tokens, dtype=dtype).t() if apart else dx.to(dtype)
+        made = router.router_logits(x, weight, config)
+        added = router.plus_product(dx, torch.ones(n_tokens, 2, dtype=dlogits), weight.to(dlogits), dtype, config)
+        for found, wanted in ((made, torch.full((n_tokens, 2), 3.0)), (added, torch.full((n_tokens, 3), 3.0))):
+            assert isinstance(found, str) or torch.equal(found.float(), wanted)
+        return isinstance(made, str), isinstance(added, str)
+
+    assert taken(5) == (False, False)  # on the CPU
+    monkeypatch.setattr(router.checks, "is_cpu", lambda _: False)
+    assert taken(5) == taken(5, dtype=torch.float16, dlogits=torch.float16) == (True, True)
+    assert taken(6) == taken(5, dtype=torch.float32, dlogits=torch.float32) == (False, False)
+    assert taken(5, config=SonicMoEConfig(backend="naive")) == (False, False)
+    assert taken(5, dlogits=torch.float32) == (True, False)
+    assert taken(5, apart=True) == (True, False)
+    monkeypatch.setattr(router, "triton_router_product", None)  # not installed
+    assert taken(5) == (False, False)

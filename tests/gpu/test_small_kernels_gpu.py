@@ -57,6 +57,11 @@ def test_router_weight_at_size():
     assert router_kernels.check_router_weight(GPU, shapes) == []
 
 
+def test_router_products_at_size():
+    shapes = [(n_tokens, *sizes) for n_tokens in (1024, 4095, 4096) for sizes in ((8, 3072), (128, 4096), (130, 1000))]
+    assert router_kernels.check_router_product(GPU, shapes) == []
+
+
 def test_quantizers_at_size():
     kinds = ("ordinary", "holes", "ties")
     assert quantizers.check_quantize_rows(GPU, [(4096, 3072), (777, 7168)], kinds) == []

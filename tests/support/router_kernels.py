@@ -8,7 +8,14 @@ import itertools
 import numpy as np
 import torch
 
-from sonicmoe.routing import router_weight, switch_loss, triton_router_weight, triton_switch_loss, triton_topk
+from sonicmoe.routing import (
+    router_weight,
+    switch_loss,
+    triton_router_product,
+    triton_router_weight,
+    triton_switch_loss,
+    triton_topk,
+)
 from tests.support.small_kernels import relative
 
 # ---- Top-k -----------------------------------------------------------------------------------------------------------
@@ -111,6 +118,50 @@ def check_router_weight(device, shapes=PRODUCTS):
     return found
 
 
+# ---- The router's products with few tokens ---------------------------------------------------------------------------
+
+FEW = [(5, 8, 24), (1, 3, 16), (17, 20, 264), (70, 100, 520), (0, 4, 8)]  # T, E, H
+
+
+def check_router_product(device, shapes=FEW):
+    """x W^T and dx + dlogits W. The last token, expert and column count for much, so that no bound hides them; a
+    token's NaN is its own."""
+    found = []
+    bounds = {torch.float16: 6e-4}
+    if torch.device(device).type != "cpu":  # the interpreter takes a product's bf16 operands for integers
+        bounds[torch.bfloat16] = 4e-3
+    for number, ((n_tokens, n_experts, hidden), (dtype, bound)) in enumerate(itertools.product(shapes, bounds.items())):
+        rng = np.random.default_rng(number)
+        sizes = (n_tokens, hidden), (n_experts, hidden), (n_tokens, n_experts), (n_tokens, hidden)
+        x, weight, dlogits, dx = (torch.from_numpy(rng.standard_normal(size).astype(np.float32)) for size in sizes)
+        for tensor in (x, dlogits):
+            tensor[-1:] *= 10
+        weight[:, -1] *= 4
+        weight[-1] *= 4
+        x, weight, dlogits, dx = (tensor.to(device, dtype) for tensor in (x, weight, dlogits, dx))
+        given = dx.clone()
+        made, added = triton_router_product.logits(x, weight), triton_router_product.add_product(dx, dlogits, weight)
+        wanted = x.double() @ weight.double().t(), given.double() + dlogits.double() @ weight.double()
+        about = f"router T={n_tokens} E={n_experts} H={hidden} {dtype}"
+        if added is not dx:
+            found.append(f"{about}: another dx than the one given")
+        for name, one, other in zip(("logits", "dx"), (made, added), wanted, strict=True):
+            if one.dtype != dtype or one.shape != other.shape:
+                found.append(f"{about}: {name} {one.dtype} {tuple(one.shape)}")
+            elif n_tokens and not relative(one, other) < bound:
+                found.append(f"{about}: {name} off by {relative(one, other):.1e}")
+        if n_tokens > 1:
+            x[0, 0] = dlogits[0, 0] = float("nan")
+            made, added = (
+                triton_router_product.logits(x, weight),
+                triton_router_product.add_product(dx, dlogits, weight),
+            )
+            for name, one in (("logits", made), ("dx", added)):
+                if not bool(one[0].isnan().all()) or bool(one[1:].isnan().any()):
+                    found.append(f"{about}: {name} of a NaN")
+    return found
+
+
 # ---- Load-balancing loss ---------------------------------------------------------------------------------------------
 
 LOSSES = [(7, 8), (1, 1), (300, 5), (33, 100), (5, 1024), (700, 64), (0, 6)]  # T, E
@@ -163,5 +214,6 @@ def check_switch_loss_of_nan(device):
 CHECKS = {
     "topk": (check_topk, check_topk_backward),
     "router_weight": (check_router_weight,),
+    "router_product": (check_router_product,),
     "switch_loss": (check_switch_loss, check_switch_loss_of_nan),
 }

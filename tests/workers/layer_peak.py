@@ -57,7 +57,7 @@ def pretend_to_be_hopper() -> None:
     stream = SimpleNamespace(wait_event=nothing, record_event=nothing)
     streams.torch.cuda.current_stream = lambda device=None: stream
     streams.torch.cuda.is_current_stream_capturing = lambda: False
-    # The router's two products are torch's own: not wanted here, and slow.
+    # The router's two products are torch's own with many tokens: not wanted here, and slow.
     router.F = SimpleNamespace(linear=lambda x, weight: x.new_empty([x.shape[0], weight.shape[0]]))
     whole_layer.plus_product = lambda dx, *_: dx
 

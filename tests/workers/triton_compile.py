@@ -100,6 +100,7 @@ def call_everything(torch, n_tokens, draw):
     from sonicmoe.routing import (
         triton_combine,
         triton_counts,
+        triton_router_product,
         triton_router_weight,
         triton_switch_loss,
         triton_topk,
@@ -130,6 +131,8 @@ def call_everything(torch, n_tokens, draw):
     triton_native.spoil_if_changed(flags[1:], flags, flags[2:], (rows, routing.scores, logits))
     x = torch.zeros([n_tokens, 3072], dtype=torch.bfloat16)
     triton_router_weight.gradient(logits, x, torch.bfloat16)
+    router = torch.zeros([32, 3072], dtype=torch.bfloat16)
+    triton_router_product.add_product(x, triton_router_product.logits(x, router), router)
     data, scale = triton_quantize.quantize_rows(x)
     triton_quantize.dequantize_rows(data, scale, torch.bfloat16)
     weights = [torch.zeros([2, *size], dtype=torch.bfloat16) for size in ((256, 3072), (3072, 128))]
@@ -145,7 +148,7 @@ def variants(torch):
     """Other models, types and limits: only that they compile."""
     from sonicmoe.ep import triton_layout
     from sonicmoe.quant import triton_quantize
-    from sonicmoe.routing import triton_combine, triton_router_weight, triton_topk
+    from sonicmoe.routing import triton_combine, triton_router_product, triton_router_weight, triton_topk
 
     draw = random.Random(1)
     for n_experts, n_ranks, k in ((1024, 128, 32), (8, 1, 1), (256, 256, 8)):
@@ -163,6 +166,9 @@ def variants(torch):
         triton_router_weight.gradient(
             torch.zeros([5, n_experts], dtype=dtype), torch.zeros([5, 1000], dtype=dtype), dtype
         )
+        if dtype != torch.float32:
+            x, router = torch.zeros([5, 1000], dtype=dtype), torch.zeros([n_experts, 1000], dtype=dtype)
+            triton_router_product.add_product(x, triton_router_product.logits(x, router), router)
     routing = routing_of(torch, 5, 2, draw, 128)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         triton_quantize.quantize_rows(torch.zeros([5, 256], dtype=dtype), pow2=True)
@@ -198,6 +204,7 @@ def faults(kernel) -> list[str]:
 # Of 16 bytes, in what call_everything compiles.
 WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 8, "_topk_softmax": 1}
 WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weights": 16, "_quantize_tokens": 16, "_dequantize_rows": 2}
+WIDE_LOADS |= {"_add_product": 14}
 WIDE_STORES = {"_quantize_rows": 2, "_quantize_weights": 16, "_quantize_tokens": 8, "_dequantize_rows": 4}
 
 
