@@ -101,8 +101,10 @@ def _flags(ext: Extension) -> list[str]:
         return [*flags, "-fPIC", "-fvisibility=hidden"]
     number = ext.arch.removeprefix("sm_")
     target = f"-gencode=arch=compute_{number},code=sm_{number}"
-    # Static cudart: the binary then fits any framework's CUDA, and shares its primary context through the driver.
-    return [*flags, target, "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DSONICMOE_WITH_CUDA"]
+    # Static cudart: the binary then fits any framework's CUDA, and shares its primary context through the driver. The
+    # sources side by side: half the time, and the first call of all waits for it.
+    inside = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DSONICMOE_WITH_CUDA"]
+    return [*flags, target, "-cudart=static", "--threads=0", *inside]
 
 
 def _base_key(ext: Extension) -> str:
