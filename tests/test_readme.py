@@ -5,6 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from tests.support import children
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,6 +23,15 @@ def test_the_training_loop_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     promised = re.search(r"print\(node\.last_path\)  # (\S+)", loop).group(1)
     assert done.stdout.split() == [promised]
+
+
+@pytest.mark.torch
+def test_the_layer_for_torch_runs(tmp_path):
+    _, layer = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    script = tmp_path / "layer.py"
+    script.write_text(layer, encoding="utf-8")
+    done = children.python(script, env=children.clean_env([ROOT, children.torch_site()]))
+    assert done.stdout.strip() == re.search(r"print\(.*\)  # (.*)", layer).group(1)
 
 
 def test_every_path_and_target_exists():
