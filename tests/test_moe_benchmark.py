@@ -335,12 +335,13 @@ def test_unknown_names_are_errors(part, capsys):
 def test_providers_share_nothing(part, tmp_path, monkeypatch):
     monkeypatch.setenv("SONIC_MOE_FP8_MODE", "perf")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     providers = part("moe_bench.providers")
     ours = providers.PROVIDERS[OURS].environment(tmp_path / "a", ["/site"], {})
     peer = providers.PROVIDERS[PEER].environment(tmp_path / "b", providers.peer_sites("/peer"), {"QUACK_X": "1"})
     assert ours["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/site", str(ROOT / "benchmarks")]
     assert str(ROOT) not in peer["PYTHONPATH"].split(os.pathsep) and peer["QUACK_X"] == "1"
-    assert "SONIC_MOE_FP8_MODE" not in ours
+    assert "SONIC_MOE_FP8_MODE" not in ours and "PYTHONDONTWRITEBYTECODE" not in ours
     for name in providers.CACHES:
         assert ours[name] != peer[name] and pathlib.Path(ours[name]).is_dir()
 

@@ -22,8 +22,9 @@ CACHES = {
     "HOME": "home",
     "TMPDIR": "tmp",
 }
-# What a caller's shell may have set and what must not change what a provider does.
-DROPPED = ("SONIC_MOE_", "QUACK_", "CUTE_DSL_", "PYTHONPATH", "USE_QUACK_GEMM")
+# What a caller's shell may have set and what must not change what a provider does. Without bytecode every start would
+# compile the sources of torch, which takes longer than all of ours.
+DROPPED = ("SONIC_MOE_", "QUACK_", "CUTE_DSL_", "PYTHONPATH", "USE_QUACK_GEMM", "PYTHONDONTWRITEBYTECODE")
 
 
 @dataclass(frozen=True)
