@@ -15,7 +15,7 @@ from tests.support.benchmark_runs import ROOT, run_with_torch, stored
 OURS, PEER = "sonicmoe-bf16", "sonic-moe"
 
 
-# ---- What is made of figures ----------------------------------------------------------------------
+# ---- What is made of figures -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_gemms_that_are_several_launches(part, results):
         assert results.gemm_rows(shape, "sonicmoe-fp8", wrong) == []
 
 
-# ---- Processes ------------------------------------------------------------------------------------
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 # Stands for a provider: answers from FAKE in its environment, prints where libraries print, and may fail on the way.
 FAKE_WORKER = """
@@ -346,7 +346,7 @@ def test_providers_share_nothing(part, tmp_path, monkeypatch):
         assert ours[name] != peer[name] and pathlib.Path(ours[name]).is_dir()
 
 
-# ---- The check itself -----------------------------------------------------------------------------
+# ---- The check itself ------------------------------------------------------------------------------------------------
 
 # The layer as autograd has it, under the peer's names, with a fault that a test can ask for.
 PLAIN_LAYER = """

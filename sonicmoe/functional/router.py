@@ -19,12 +19,12 @@ else:
     triton_router_product = None
 
 
-def _few(config: SonicMoEConfig, x, *others) -> bool:
+def _few(config: SonicMoEConfig, x) -> bool:
     """Whether there are so few tokens on a GPU that a launch of our own is to be preferred to asking torch."""
     kernels = triton_router_product
     if kernels is None or config.backend == "naive" or checks.is_cpu(x) or x.shape[0] > kernels.MOST_TOKENS:
         return False
-    return checks.dtype_name(x) in kernels.DTYPES and all([other.dtype is x.dtype for other in others])
+    return checks.dtype_name(x) in kernels.DTYPES
 
 
 def router_logits(x, router_w, config: SonicMoEConfig):
@@ -69,9 +69,9 @@ class _Logits(torch.autograd.Function):
 
 
 def plus_product(dx, dlogits, router_w, dtype, config: SonicMoEConfig):
-    """dx (or nothing) + dlogits @ router_w in ``dtype``; dx may be written."""
+    """dx (or nothing) + dlogits @ router_w, which are of one type, in ``dtype``; dx may be written."""
     if dx is not None and dx.dtype == dlogits.dtype == dtype:
-        if dx.is_contiguous() and _few(config, dx, dlogits, router_w):
+        if dx.is_contiguous() and _few(config, dx):
             return triton_router_product.add_product(dx, dlogits, router_w)
         return dx.addmm_(dlogits, router_w)
     product = in_dtype(dlogits @ router_w, dtype)

@@ -213,7 +213,6 @@ def check_switch_loss_of_nan(device):
 
 CHECKS = {
     "topk": (check_topk, check_topk_backward),
-    "router_weight": (check_router_weight,),
-    "router_product": (check_router_product,),
+    "router_products": (check_router_weight, check_router_product),
     "switch_loss": (check_switch_loss, check_switch_loss_of_nan),
 }
