@@ -16,8 +16,7 @@ from ..triton_launch import launch, next_power_of_2
 DTYPES = ("bfloat16", "float16")  # float32 has ways of its own to be multiplied, and torch's settings for them
 # Up to here: with more the GPU is what a step waits for, and loses a little of its time to these.
 MOST_TOKENS = 4096
-# What a product of tensor cores has at least; more of them side by side read the tokens anew, which few tokens allow.
-_EXPERTS, _MOST_EXPERTS = 16, 32
+_FEW_EXPERTS = 32  # to which the tokens are nearly all that is read
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -53,7 +52,7 @@ def _add_product(
     exists, here = token < n_tokens, column < H
     at, mask = dx + token[:, None] * H + column[None, :], exists[:, None] & here[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for begin in tl.range(0, E, EXPERTS):
+    for begin in tl.static_range(0, E, EXPERTS):
         expert = begin + tl.arange(0, EXPERTS)
         known = expert < E
         left = tl.load(dlogits + token[:, None] * E + expert[None, :], mask=exists[:, None] & known[None, :], other=0.0)
@@ -65,9 +64,10 @@ def _add_product(
 @cache
 def _sizes(n_experts: int, hidden: int) -> tuple[dict, dict]:
     """The constants of both kernels."""
-    experts = min(max(next_power_of_2(n_experts), _EXPERTS), _MOST_EXPERTS)
-    both = {"E": n_experts, "H": hidden, "EXPERTS": experts}
-    return both | {"TOKENS": 16, "STEP": 256}, both | {"TOKENS": 64, "COLUMNS": 128}
+    experts = max(next_power_of_2(n_experts), 16)  # a product of tensor cores has no fewer
+    tokens, step = (32, 128) if n_experts <= _FEW_EXPERTS else (64, 64)
+    of_logits = {"E": n_experts, "H": hidden, "EXPERTS": min(experts, 128), "TOKENS": tokens, "STEP": step}
+    return of_logits, {"E": n_experts, "H": hidden, "EXPERTS": min(experts, 64), "TOKENS": 64, "COLUMNS": 128}
 
 
 def logits(x_TH, weight_EH):

@@ -120,7 +120,7 @@ def check_router_weight(device, shapes=PRODUCTS):
 
 # ---- The router's products with few tokens ---------------------------------------------------------------------------
 
-FEW = [(5, 8, 24), (1, 3, 16), (17, 20, 264), (70, 100, 520), (0, 4, 8)]  # T, E, H
+FEW = [(5, 8, 24), (1, 3, 16), (17, 20, 264), (70, 100, 520), (65, 300, 72), (0, 4, 8)]  # T, E, H
 
 
 def check_router_product(device, shapes=FEW):
