@@ -77,11 +77,12 @@ __device__ __forceinline__ bool end_output(const Lane& me) {
   return me.leads();
 }
 
+constexpr int kPieceBytes = 64 * 128;  // that a bulk store moves: 64 rows of 128 bytes
+
 // ---- rows: y, rounded to 16 bits
 
 __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
                                   const float (&total)[1][96]) {
-  constexpr int kPieceBytes = 64 * 128;  // 64 rows of 64 columns
   begin_output(me);
   // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
   const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
@@ -241,30 +242,98 @@ __device__ __forceinline__ void store_up(const Fp8Gemm& p, const Maps& maps, uin
 
 // ---- wgrad: into the caller's own memory
 
-// Each element belongs to one thread of one launch, so the additions have no order that could differ.
-__device__ inline void store_wgrad(const Fp8Gemm& p, const Lane& me, const Unit& unit, const float (&total)[2][64]) {
-  if (!unit.alive || (p.add && unit.steps == 0)) return;
+// 64 rows of 128 columns in pieces for bulk stores, of 16 bits.
+__device__ __forceinline__ void put_narrow(Address out, const Lane& me, const float (&v)[64], bool half) {
+  const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
+#pragma unroll
+  for (int j = 0; j < 16; j += 2) {
+    const int column = 8 * j + lane / 16 * 8, at = column % 64 * 2;
+    const float* w = v + 4 * j;
+    const uint32_t pairs[4] = {two(w[0], w[1], half), two(w[2], w[3], half), two(w[4], w[5], half), two(w[6], w[7], half)};
+    store_matrices(out + column / 64 * kPieceBytes + swizzled(row, at), pairs);
+  }
+}
+// In float32.
+__device__ __forceinline__ void put_wide(Address out, const Lane& me, const float (&v)[64]) {
+  const int lane = opaque(me.lane), row = me.warp * 16 + lane / 4, first = swizzled(row, lane % 4 / 2 * 16) + lane % 2 * 8;
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const Address to = out + j / 4 * kPieceBytes + (first ^ (j % 4 * 32));
+    store_two(to, v[4 * j], v[4 * j + 1]);
+    store_two(to + 8 * 128, v[4 * j + 2], v[4 * j + 3]);
+  }
+}
+
+// Of 16 bits there is room for both tiles of a warpgroup, of float32 for one. A warp that has nothing else to do hands
+// what is there to the bulk stores, and the warpgroup goes on. They meet at barriers that warps pass, which have no
+// rounds to remember, and the warp walks through the tiles by itself: the sums leave no registers for places.
+constexpr int kMeeting = 128 + 32;
+template <class Kind>
+struct Room {
+  int group, number;
+  __device__ Room(const Fp8Gemm& p, int group, int tile) : group(group), number(p.wide ? 0 : tile) {}
+  __device__ Address in(Address shared) const {
+    return shared + offsetof(Shared<Kind>, out) + group * Kind::kOutBytes + number * 2 * kPieceBytes;
+  }
+  __device__ int free() const { return 1 + 2 * group + number; }
+  __device__ int full() const { return free() + 2 * kMultipliers; }
+};
+
+__device__ __forceinline__ bool is_stored(const Fp8Gemm& p, const Unit& unit, int tile) {
+  return tile < unit.row_tiles && !(p.add && unit.steps == 0);
+}
+
+template <class Kind>
+__device__ __forceinline__ void hand_over(const Fp8Gemm& p, const Ring<Kind>& ring, const Lane& me, const Unit& unit,
+                                          const float (&total)[2][64]) {
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
-    if (tile >= unit.row_tiles) break;
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int in_matrix = unit.row + tile * kTile + me.tile_row() + 8 * below;
-      const int64_t row = static_cast<int64_t>(unit.expert) * p.height + in_matrix;
-      const int64_t first = row * p.d_columns + unit.column + 2 * me.quad();
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const float x = total[tile][4 * j + 2 * below], y = total[tile][4 * j + 2 * below + 1];
-        if (p.add) {
-          add_two(static_cast<float*>(p.d) + first + 8 * j, x, y);
-        } else if (p.wide) {
-          *reinterpret_cast<float2*>(static_cast<float*>(p.d) + first + 8 * j) = make_float2(x, y);
-        } else {
-          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.d) + first + 8 * j) = two(x, y, p.half);
+    if (!is_stored(p, unit, tile)) return;
+    const Room<Kind> room(p, me.group, tile);
+    const Address place = room.in(opaque(ring.base));
+    pass_when_all_have_come(room.free(), kMeeting);
+    if (p.wide) {
+      put_wide(place, me, total[tile]);
+    } else {
+      put_narrow(place, me, total[tile], p.half);
+    }
+    fence_for_async_reads();
+    pass(room.full(), kMeeting);
+  }
+}
+
+// The warp that stores what warpgroup ``group`` has made. Each element comes once in a launch, so the additions have no
+// order that could differ.
+template <class Kind>
+__device__ void store_wgrad(const Fp8Gemm& p, const Maps& maps, const Shared<Kind>& shared, int rank, int group, int lane) {
+  const int columns = p.wide ? 32 : 64;  // of a piece
+  for (int tile = 0; tile < (p.wide ? 1 : 2); ++tile) pass(Room<Kind>(p, group, tile).free(), kMeeting);
+  Units<Kind> units(p, rank);
+  Unit unit;
+  while (units.next(unit)) {
+#pragma unroll 1
+    for (int tile = 0; tile < 2 && is_stored(p, unit, tile); ++tile) {
+      const Room<Kind> room(p, group, tile);
+      const int row = unit.expert * p.height + unit.row + tile * kTile + group * 64;
+      Address piece = room.in(shared_address(&shared));
+      pass_when_all_have_come(room.full(), kMeeting);
+      if (lane == 0) {
+#pragma unroll 1
+        for (int column = 0; column < kTile && unit.alive; column += columns, piece += kPieceBytes) {
+          if (p.add) {
+            tensor_add(maps.d, piece, unit.column + column, row);
+          } else {
+            tensor_store(maps.d, piece, unit.column + column, row);
+          }
         }
+        store_commit();
+        store_wait_read<0>();
       }
+      __syncwarp();
+      pass(room.free(), kMeeting);
     }
   }
+  if (lane == 0) store_wait();
 }
 
 }  // namespace sonicmoe::sm90

@@ -55,14 +55,16 @@ const char* run_clamped(const Fp8Gemm& p, void* stream) {
 
 }  // namespace
 
-bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows) {
+bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows,
+                    int64_t apart) {
   if (encoder() == nullptr) return false;
-  const int bytes = item == Item::kByte ? 1 : 2;
-  const auto type = item == Item::kByte   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                    : item == Item::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int bytes = item_bytes(item);
+  const auto type = item == Item::kByte    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : item == Item::kHalf  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                    : item == Item::kBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * bytes};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(apart ? apart : columns) * bytes};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / bytes), box_rows}, steps[2] = {1, 1};
   return encoder()(map, type, 2, const_cast<void*>(data), sizes, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

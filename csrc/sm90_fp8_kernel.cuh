@@ -53,7 +53,7 @@ __device__ void multiply(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& share
     StripScales scales(me);
     while (units.next(unit)) {
       sum_steps(ring, me, stage, unit, scales, total);
-      store_wgrad(p, me, unit, total);
+      hand_over(p, ring, me, unit, total);
     }
   } else {
     bool more = next_own(units, me, true, stage, unit);
@@ -98,8 +98,12 @@ __device__ void run_block(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shar
     registers_down<kLoader>();
     if constexpr (Kind::kGather) {
       load_gathered_rows(p, maps, shared, rank, thread);
-    } else if (thread == 0) {
-      load_shared_rows(p, maps, shared, rank);
+    } else {
+      const int group = uniform(thread / 32) - 1;
+      if (thread == 0) load_shared_rows(p, maps, shared, rank);
+      if constexpr (Kind::kStrips) {
+        if (group >= 0 && group < kMultipliers) store_wgrad(p, maps, shared, rank, group, thread % 32);
+      }
     }
   } else {
     registers_up<kMultiplier>();

@@ -233,8 +233,9 @@ __device__ __forceinline__ void sum_steps(const Ring<Kind>& ring, const Lane& me
     // shared memory as half of a tile's operands do.
     if constexpr (Kind::kStrips) {
       if (sum == 0) {
+        const Address mine = ring.b_strip(s) + opaque(me.lane) % 4 * sizeof(float2);
 #pragma unroll
-        for (int j = 0; j < 16; ++j) column[j] = load_two(ring.b_strip(s) + me.quad() * 8 + j * 32);
+        for (int j = 0; j < 16; ++j) column[j] = load_two(mine + j * 32);
       }
     }
   };

@@ -5,10 +5,14 @@
 
 namespace sonicmoe::sm90 {
 
-enum class Item { kByte, kHalf, kBfloat };
+enum class Item { kByte, kHalf, kBfloat, kFloat };
 
-// A row-major matrix, of which one copy moves ``box_rows`` rows of 128 bytes. False if it cannot be done.
-bool describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows);
+constexpr int item_bytes(Item item) { return item == Item::kByte ? 1 : item == Item::kFloat ? 4 : 2; }
+
+// A row-major matrix, of which one copy moves ``box_rows`` rows of 128 bytes; its rows lie ``apart`` items from each other,
+// if not side by side. False if it cannot be done.
+bool describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows,
+              int64_t apart = 0);
 
 inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
   const int64_t rows = static_cast<int64_t>(p.n_experts - 1) * p.b_rows + p.width;
@@ -45,8 +49,11 @@ bool make_maps(WideDownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
 }
 
 inline bool make_maps(WgradKind, const Fp8Gemm& p, Maps& maps) {
+  const Item item = p.wide ? Item::kFloat : p.half ? Item::kHalf : Item::kBfloat;
+  const int64_t rows = static_cast<int64_t>(p.n_experts) * p.height;
   return describe(&maps.a, p.a, Item::kByte, p.height, p.n_rows, 128) &&
-         describe(&maps.b, p.b, Item::kByte, p.width, p.n_rows, 128);
+         describe(&maps.b, p.b, Item::kByte, p.width, p.n_rows, 128) &&
+         describe(&maps.d, p.d, item, rows, p.width, 64, p.d_columns);
 }
 
 }  // namespace sonicmoe::sm90

@@ -52,8 +52,8 @@ struct WideDownBackwardKind {  // for a wgrad in 16 bits
 };
 struct WgradKind {
   static constexpr bool kGather = false, kStrips = true, kAlone = false;
-  static constexpr int kColumns = kTile, kRowTiles = 2, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
-  static constexpr int kOutBytes = 0, kAlongBytes = 0;
+  static constexpr int kColumns = kTile, kRowTiles = 2, kColumnTiles = 1, kStages = 3, kLoaderRegisters = 40;
+  static constexpr int kOutBytes = 32 * 1024, kAlongBytes = 0;
 };
 template <class Kind>
 constexpr int kTiles = Kind::kRowTiles * Kind::kColumnTiles;

@@ -37,6 +37,9 @@ __device__ __forceinline__ float2 load_two(Address place) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(found.x), "=f"(found.y) : "r"(place) : "memory");
   return found;
 }
+__device__ __forceinline__ void store_two(Address place, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(place), "f"(x), "f"(y) : "memory");
+}
 
 // ---- Clusters
 
@@ -106,6 +109,14 @@ __device__ __forceinline__ void warpgroup_sync(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 
+// The same for any warps: of ``threads`` in all, some may go on at once.
+__device__ __forceinline__ void pass(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass_when_all_have_come(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ---- Copies
 
 // A box of a two-dimensional tensor to this block, or to the same place in each block of ``mask``.
@@ -134,9 +145,19 @@ __device__ __forceinline__ void bulk_load(uint64_t* barrier, void* target, const
       : "memory");
 }
 
+__device__ __forceinline__ void tensor_store(const CUtensorMap& map, Address source, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(source),
+               "r"(x), "r"(y)
+               : "memory");
+}
 __device__ __forceinline__ void tensor_store(const CUtensorMap& map, const void* source, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
-               "r"(shared_address(source)), "r"(x), "r"(y)
+  tensor_store(map, shared_address(source), x, y);
+}
+
+// Added to what is there.
+__device__ __forceinline__ void tensor_add(const CUtensorMap& map, Address source, int x, int y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+               "r"(source), "r"(x), "r"(y)
                : "memory");
 }
 
@@ -343,11 +364,6 @@ __device__ __forceinline__ uint32_t larger_two(uint32_t x, uint32_t y) {
   uint32_t found;
   asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(x), "r"(y));
   return found;
-}
-
-// To two neighbours in memory, without a look at what comes out.
-__device__ __forceinline__ void add_two(float* target, float x, float y) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
 }
 
 }  // namespace sonicmoe::sm90

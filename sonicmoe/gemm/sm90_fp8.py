@@ -214,6 +214,7 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
     kind = checks.dtype_name(target)
     if kind != "float32" and not overwrite:
         raise TypeError(f"weight gradient: got a {kind} tensor to add to, need float32")
+    checks.require_aligned("weight gradient", target)
     module = _module(arch(target), plan.cache_dir)
     height, width = int(left.data.shape[0]), int(right.data.shape[0])
     problem = _problem(module, plan, left, right, routing, width, 0)

@@ -123,10 +123,12 @@ const char* run_clamped(const Fp8Gemm& p) {
 
 }  // namespace
 
-bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows) {
-  const int64_t bytes = item == Item::kByte ? 1 : 2;
-  *map = {static_cast<uint8_t*>(const_cast<void*>(data)), bytes, rows, columns, static_cast<int>(box_rows)};
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns * bytes % 16 == 0 && rows > 0 && box_rows <= 256;
+bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows,
+                    int64_t apart) {
+  const int64_t bytes = item_bytes(item);
+  if (apart == 0) apart = columns;
+  *map = {static_cast<uint8_t*>(const_cast<void*>(data)), bytes, rows, columns, apart, static_cast<int>(box_rows)};
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && apart * bytes % 16 == 0 && rows > 0 && box_rows <= 256;
 }
 
 const char* fp8_rows(const Fp8Gemm& p, void*) { return run<RowsKind>(p); }

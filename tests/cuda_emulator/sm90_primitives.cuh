@@ -38,7 +38,7 @@ struct alignas(16) float4 {
 // A matrix in memory and the box that one copy moves.
 struct CUtensorMap {
   uint8_t* data;
-  int64_t bytes, rows, columns;  // of one element; of the matrix
+  int64_t bytes, rows, columns, apart;  // of one element; of the matrix; from one row to the next
   int box_rows;
 };
 
@@ -59,6 +59,7 @@ struct Store {
   const CUtensorMap* map;
   const uint8_t* source;
   int x, y;
+  bool add;  // float32
 };
 
 struct Fiber {
@@ -108,15 +109,17 @@ void wait_until(Condition condition) {
   cluster->progress = true;
 }
 
-inline void meet(Meeting& meeting, int size) {
-  const int generation = meeting.generation;
+inline void arrive(Meeting& meeting, int size) {
   cluster->progress = true;
   if (++meeting.arrived == size) {
     meeting.arrived = 0;
     ++meeting.generation;
-  } else {
-    wait_until([&] { return meeting.generation != generation; });
   }
+}
+inline void meet(Meeting& meeting, int size) {
+  const int generation = meeting.generation;
+  arrive(meeting, size);
+  wait_until([&] { return meeting.generation != generation; });
 }
 
 inline Warp& warp() { return cluster->warps[cluster->current->rank][cluster->current->thread / 32]; }
@@ -158,7 +161,7 @@ inline void box_to_shared(const CUtensorMap& map, uint8_t* target, int x, int y)
     for (int byte = 0; byte < 128; ++byte) {
       const int64_t column = x + byte / map.bytes;
       const bool inside = y + row >= 0 && y + row < map.rows && column >= 0 && column < map.columns;
-      const int64_t from = ((y + row) * map.columns + column) * map.bytes + byte % map.bytes;
+      const int64_t from = ((y + row) * map.apart + column) * map.bytes + byte % map.bytes;
       auto to = reinterpret_cast<uint8_t*>(swizzled(reinterpret_cast<uint64_t>(target) + row * 128 + byte));
       *to = inside ? map.data[from] : 0;
     }
@@ -168,12 +171,17 @@ inline void box_to_shared(const CUtensorMap& map, uint8_t* target, int x, int y)
 inline void box_from_shared(const Store& store) {
   const CUtensorMap& map = *store.map;
   for (int row = 0; row < map.box_rows; ++row) {
-    for (int byte = 0; byte < 128; ++byte) {
+    for (int byte = 0; byte < 128; byte += static_cast<int>(map.bytes)) {
       const int64_t column = store.x + byte / map.bytes;
       if (store.y + row >= map.rows || column >= map.columns) continue;
-      const auto from = reinterpret_cast<const uint8_t*>(
+      const auto from = reinterpret_cast<const void*>(
           swizzled(reinterpret_cast<uint64_t>(store.source) + row * 128 + byte));
-      map.data[((store.y + row) * map.columns + column) * map.bytes + byte % map.bytes] = *from;
+      uint8_t* to = map.data + ((store.y + row) * map.apart + column) * map.bytes;
+      if (store.add) {
+        *reinterpret_cast<float*>(to) += *static_cast<const float*>(from);
+      } else {
+        std::memcpy(to, from, map.bytes);
+      }
     }
   }
 }
@@ -301,6 +309,7 @@ T opaque(T value) {
 }
 inline float load_one(Address place) { return *reinterpret_cast<const float*>(place); }
 inline float2 load_two(Address place) { return *reinterpret_cast<const float2*>(place); }
+inline void store_two(Address place, float x, float y) { *reinterpret_cast<float2*>(place) = {x, y}; }
 inline uint32_t cluster_rank() { return cluster->current->rank; }
 inline void cluster_sync() { emulator::meet(cluster->all, 768); }
 
@@ -330,6 +339,12 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 inline void barrier_wait(Address barrier, uint32_t parity) {
   barrier_wait(reinterpret_cast<uint64_t*>(barrier), parity);
 }
+inline void pass(int number, int threads) {
+  emulator::arrive(cluster->named[cluster->current->rank][number], threads);
+}
+inline void pass_when_all_have_come(int number, int threads) {
+  emulator::meet(cluster->named[cluster->current->rank][number], threads);
+}
 inline void warpgroup_sync(int number) { emulator::meet(cluster->named[cluster->current->rank][number], 128); }
 
 inline void tensor_load(const CUtensorMap& map, uint64_t* barrier, void* target, int x, int y) {
@@ -350,9 +365,14 @@ inline void bulk_load(uint64_t* barrier, void* target, const void* source, uint3
     emulator::landed(barrier, bytes);
   });
 }
-inline void tensor_store(const CUtensorMap& map, const void* source, int x, int y) {
-  cluster->current->handed.push_back({&map, static_cast<const uint8_t*>(source), x, y});
+inline void hand_over(const CUtensorMap& map, Address source, int x, int y, bool add) {
+  cluster->current->handed.push_back({&map, reinterpret_cast<const uint8_t*>(source), x, y, add});
 }
+inline void tensor_store(const CUtensorMap& map, Address source, int x, int y) { hand_over(map, source, x, y, false); }
+inline void tensor_store(const CUtensorMap& map, const void* source, int x, int y) {
+  tensor_store(map, shared_address(source), x, y);
+}
+inline void tensor_add(const CUtensorMap& map, Address source, int x, int y) { hand_over(map, source, x, y, true); }
 inline void store_commit() {
   cluster->current->stores.push_back(std::move(cluster->current->handed));
   cluster->current->handed.clear();
@@ -467,10 +487,6 @@ inline uint32_t tamed_two(uint32_t pair) {
 inline uint32_t larger_two(uint32_t x, uint32_t y) {  // fmax knows no NaN where there is a number; the sign is as good as any
   return two(std::fmax(std::fabs(low_of(x)), std::fabs(low_of(y))), -std::fmax(std::fabs(high_of(x)), std::fabs(high_of(y))),
              false);
-}
-inline void add_two(float* target, float x, float y) {
-  target[0] += x;
-  target[1] += y;
 }
 
 }  // namespace sonicmoe::sm90

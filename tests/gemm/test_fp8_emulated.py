@@ -48,7 +48,7 @@ def stages(request, module, monkeypatch, cache_dir):
     if not torch:
         return None
     fp8_emulator.install(monkeypatch, module, clusters=2)
-    problem = Fp8Problem(t=150, k=3, e=4, h=384, i=128, routing=request.param, device=CPU)
+    problem = Fp8Problem(t=150, k=2, e=4, h=384, i=128, routing=request.param, device=CPU)
     return Stages(problem, cache_dir, SUMS, CODES)
 
 
@@ -76,6 +76,18 @@ def test_down_backward(stages, fp8_wgrad):
 @pytest.mark.parametrize("fill", FILLS)
 def test_wgrad(stages, fill):
     stages.compare_wgrad(fill)
+
+
+def test_a_gradient_at_an_odd_place_is_refused(module, monkeypatch, cache_dir):
+    """Bulk stores want multiples of 16 bytes, and main_grad may be cut from a buffer with anything before it."""
+    fp8_emulator.install(monkeypatch, module, clusters=1)
+    problem = Fp8Problem(t=20, k=1, e=2, h=128, i=128, device=CPU)
+    plan, routing = problem.plan(cache_dir), problem.route(cache_dir)
+    side = sm90_fp8.TokenMajor(*fp8_emulator.quantize_tokens(problem.x, routing))
+    target = torch.zeros(2 * 128 * 128 + 2)[2:].reshape(2, 128, 128)
+    with pytest.raises(ValueError, match="weight gradient: begins .* behind a multiple of 16"):
+        sm90_fp8._wgrad(side, side, target, routing, plan, overwrite=False)
+    assert not target.any()
 
 
 @pytest.mark.parametrize("clusters", [1, 5])
