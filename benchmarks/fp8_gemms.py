@@ -25,9 +25,9 @@ from sonicmoe import SonicMoEConfig
 from sonicmoe.activation import naive as activation
 from sonicmoe.enums import ActivationType
 from sonicmoe.gemm import sm90_fp8
-from sonicmoe.gemm.api import ExpertWeights, GradBuffers
+from sonicmoe.gemm.api import ExpertWeights
 from sonicmoe.gemm.plan import make_plan
-from sonicmoe.quant import api, naive, triton_quantize
+from sonicmoe.quant import api, naive
 from sonicmoe.routing import metadata
 
 GPU = "cuda"
@@ -54,7 +54,7 @@ def problem(t, h, i, e, k):
     z, a = sm90_fp8.up_projection(xq, weights, routing, plan, need_a=True)
     kept = naive.QuantTensor(z.data.clone(), z.scale.clone(), z.block)
     dz, pa, _ = sm90_fp8.down_projection_backward(doutq, kept, weights, routing, plan, need_wgrad=True, out=(z, None))
-    x_t, dout_t = (sm90_fp8.TokenMajor(*triton_quantize.quantize_tokens(rows, routing)) for rows in (x, dout))
+    x_t, dout_t = (sm90_fp8.token_major(rows, routing, plan) for rows in (x, dout))
     return SimpleNamespace(**locals())
 
 
@@ -64,7 +64,9 @@ def token_major(operand, lo, hi):
 
 
 def wgrad_operands(p) -> dict:
-    return {"dw1": (p.dz.wgrad, p.x_t), "dw2": (p.dout_t, p.pa)}
+    """Added to a float32 buffer, or stored in 16 bits."""
+    dw1, dw2 = (p.dz.wgrad, p.x_t), (p.dout_t, p.pa)
+    return {"dw1": dw1, "dw2": dw2, "dw1_stored": dw1, "dw2_stored": dw2}
 
 
 def row_operands(p) -> dict:
@@ -102,10 +104,7 @@ def cases(p):
     """(name, call, units of T*K*H*I multiply-adds, result of the call on the first expert, the same from a product)."""
     routing, plan, weights = p.routing, p.plan, p.weights
     lo, hi = routing.expert_offset[:2].tolist()
-    experts = (True,) * p.e
-    buffers = GradBuffers(
-        torch.zeros(p.e, 2 * p.i, p.h, device=GPU), torch.zeros(p.e, p.h, p.i, device=GPU), False, experts, experts
-    )
+    dw1, dw2 = (torch.zeros(p.e, *size, device=GPU) for size in ((2 * p.i, p.h), (p.h, p.i)))
 
     def plain(product):
         return product
@@ -136,14 +135,20 @@ def cases(p):
 
     def dw(name, target):
         left, right = wgrad_operands(p)[name]
-        return lambda: sm90_fp8._wgrad(left, right, target, routing, plan, overwrite=False) or target
+        overwrite = target.dtype is not torch.float32
+        return lambda: sm90_fp8._wgrad(left, right, target, routing, plan, overwrite) or target
+
+    def first(found):
+        return found[0]
 
     yield "up", up, 2, first_a, swiglu
     yield "down", lambda: sm90_fp8.down_projection(p.a, weights, routing, plan), 1, first_rows, plain
     yield "down_backward", down_backward, 1, first_pa, pa
     yield "dx", lambda: sm90_fp8.up_projection_backward(p.dz, weights, routing, plan), 2, first_rows, plain
-    yield "dw1", dw("dw1", buffers.dw1_EFH), 2, lambda found: found[0], plain
-    yield "dw2", dw("dw2", buffers.dw2), 1, lambda found: found[0], plain
+    yield "dw1", dw("dw1", dw1), 2, first, plain
+    yield "dw2", dw("dw2", dw2), 1, first, plain
+    yield "dw1_stored", dw("dw1_stored", dw1.bfloat16()), 2, first, plain
+    yield "dw2_stored", dw("dw2_stored", dw2.bfloat16()), 1, first, plain
 
 
 def once_us(call) -> float:
@@ -191,6 +196,7 @@ def their_calls(theirs, p, name):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,H,I,E,K")
+    parser.add_argument("--only", nargs="+", metavar="GEMM", help="some of them, by name")
     parser.add_argument("--seconds", type=float, default=0.6, help="length of a measurement (0.6)")
     parser.add_argument("--deepgemm", metavar="FOLDER", help="a checkout of DeepGEMM")
     parser.add_argument("--cutlass", metavar="FOLDER", help="a checkout of CUTLASS")
@@ -216,11 +222,13 @@ def main() -> int:
             p = problem(*map(int, shape.split(",")))
             theirs = DeepGemm(args.deepgemm, args.cutlass, p, folder) if args.deepgemm else None
             for name, call, units, result, wanted in cases(p):
+                if args.only and name not in args.only:
+                    continue
                 plain = product(p, name)
                 error = relative(result(call()), wanted(plain))
                 found = [measure("sonicmoe", "", name, shape, call, error, units)]
                 wrong += "us" not in found[0]
-                if theirs is not None:
+                if theirs is not None and not name.endswith("_stored"):
                     timed = []
                     for tile, their_call, first in their_calls(theirs, p, name):
                         their_call()

@@ -1,4 +1,4 @@
-"""The small Triton kernels on a GPU: time on the device of one call, beside a copy of as many bytes.
+"""The small kernels on a GPU: time on the device of one call, beside a copy of as many bytes.
 
     python benchmarks/small_kernels.py --csv small_kernels.csv
 
@@ -19,6 +19,8 @@ from metadata import copy_us, gpu_us, wall_us
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from sonicmoe import SonicMoEConfig
+from sonicmoe.gemm import sm90_fp8
+from sonicmoe.gemm.plan import make_plan
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import metadata, naive, topk, triton_combine, triton_topk
@@ -169,36 +171,39 @@ def quantize_weight_cases():
         yield SimpleNamespace(kernel="quantize weight", shape=about, moved=moved, call=call, right=right)
 
 
-def quantize_tokens_cases():
+def token_major_cases():
     """``moved`` counts a row each time that it is gathered, though the L2 cache may have it from the last time."""
-    shapes = [(8192, 8, 3072, torch.bfloat16, True), (8192, 8, 3072, torch.bfloat16, False)]
-    shapes += [(8192, 8, 3072, torch.float8_e4m3fn, True), (65536, 1, 3072, torch.float8_e4m3fn, False)]
-    shapes += [(8192, 8, 1536, torch.bfloat16, False), (1024, 8, 3072, torch.bfloat16, True)]
-    for n_tokens, k, width, dtype, gathered in shapes:
+    config = SonicMoEConfig(use_fp8=True, fp8_recipe="sm90", fp8_wgrad=True)
+    plan = make_plan(config, "swiglu", storage="bfloat16", device=GPU, arch="sm_90a")
+    shapes = [(8192, 8, 3072, torch.bfloat16), (8192, 8, 3072, torch.float16), (8192, 8, 3072, torch.float8_e4m3fn)]
+    shapes += [(32768, 8, 4096, torch.bfloat16), (1024, 8, 3072, torch.bfloat16)]
+    for n_tokens, k, width, dtype in shapes:
         routing = routing_of(n_tokens, k, 64, block=128)
-        rows = torch.randn(n_tokens if gathered else routing.n_rows, width, device=GPU).to(torch.bfloat16)
+        rows = torch.randn(n_tokens, width, device=GPU).to(torch.bfloat16)
         moved = routing.n_slots * width * dtype.itemsize + routing.n_rows * (width * (1 + 4 / 128) + 8)
-        given, values = rows, rows.float()
         if dtype is torch.float8_e4m3fn:
-            made = quant.quantize(rows, (1, 128))
-            given, values = (made.data, made.scale), quant.dequantize(made)
+            given = quant.quantize(rows, (1, 128))
+            values = quant.dequantize(given)
             moved += routing.n_slots * width / 128 * 4
-        call = functools.partial(triton_quantize.quantize_tokens, given, routing, False, gathered)
+        else:
+            given = rows.to(dtype)
+            values = given.float()
+        call = functools.partial(sm90_fp8.token_major, given, routing, plan)
 
-        def right(call=call, values=values, routing=routing, gathered=gathered):
-            values = values[routing.x_gather_idx.long()] if gathered else values
-            values = torch.where((routing.s_scatter_idx < routing.n_slots).reshape(-1, 1), values, 0.0)
-            wanted = quant.quantize(values.t().contiguous(), (1, 128))
-            return same(call(), (wanted.data, wanted.scale.t()))
+        def right(call=call, values=values, routing=routing):
+            real = (routing.s_scatter_idx < routing.n_slots).reshape(-1, 1)
+            wanted = quant.quantize(torch.where(real, values[routing.x_gather_idx.long()], 0.0).t(), (1, 128))
+            made = call()
+            return same((made.data, made.scale), (wanted.data, wanted.scale.t()))
 
-        about = f"T={n_tokens} K={k} C={width} {str(dtype)[6:]}{' gathered' if gathered else ''}"
-        yield SimpleNamespace(kernel="quantize tokens", shape=about, moved=int(moved), call=call, right=right)
+        about = f"T={n_tokens} K={k} C={width} {str(dtype)[6:]}"
+        yield SimpleNamespace(kernel="token major", shape=about, moved=int(moved), call=call, right=right)
 
 
 CASES = {"sum_slots": sum_slots_cases, "finish_ds": finish_ds_cases, "topk": topk_cases}
 CASES |= {"fingerprint": fingerprint_cases, "quantize_rows": quantize_rows_cases}
 CASES |= {"dequantize_rows": dequantize_rows_cases}
-CASES |= {"quantize_weight": quantize_weight_cases, "quantize_tokens": quantize_tokens_cases}
+CASES |= {"quantize_weight": quantize_weight_cases, "token_major": token_major_cases}
 
 
 def measure(case, repeats: int) -> dict:

@@ -115,6 +115,16 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
       py::arg("dz_t"), py::arg("dz_t_scale"), py::arg("pa_t"), py::arg("pa_t_scale"), py::arg("parts"),
       py::arg("clamp"), py::arg("pow2"), py::arg("half"), py::arg("stream"));
   m.def(
+      "tokens",
+      [](uintptr_t rows, uintptr_t row_scale, const std::string& kind, int32_t apart, const Tokens& tokens, int32_t n_rows,
+         uintptr_t data, uintptr_t scale, int32_t width, bool pow2, uintptr_t stream) {
+        const Fp8Tokens p{at<void>(rows), at<float>(row_scale), at<int32_t>(tokens.gather), at<int32_t>(tokens.scatter),
+                          at<uint8_t>(data), at<float>(scale), n_rows / 128, tokens.n_slots, width, apart, pow2};
+        require(fp8_tokens(p, kind, at<void>(stream)));
+      },
+      py::arg("rows"), py::arg("row_scale"), py::arg("kind"), py::arg("apart"), py::arg("tokens"), py::arg("n_rows"),
+      py::arg("data"), py::arg("scale"), py::arg("width"), py::arg("pow2"), py::arg("stream"));
+  m.def(
       "wgrad",
       [](Fp8Gemm p, int32_t height, int32_t d_columns, uintptr_t d, bool wide, bool half, bool add, uintptr_t stream) {
         p.height = height;

@@ -1,6 +1,7 @@
 // The kernels of sm90_fp8_gemm.h and their launches.
 #include "sm90_fp8_kernel.cuh"
 #include "sm90_fp8_maps.cuh"
+#include "sm90_fp8_tokens.cuh"
 
 #include <cmath>
 
@@ -15,6 +16,15 @@ __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(2, 1, 1)
   extern __shared__ uint8_t memory[];
   // Dynamic shared memory is only sure to begin at a multiple of 16 bytes, the swizzle counts in 1024.
   run_block<Kind>(p, maps, *reinterpret_cast<Shared<Kind>*>(memory + (-shared_address(memory) & 1023)));
+}
+
+// How many blocks a multiprocessor shall have registers for: a thread keeps 64 words of pairs, or else 128 numbers.
+template <Item kItem>
+constexpr int kTokenBlocks = kItem == Item::kBfloat ? 4 : kItem == Item::kHalf ? 3 : 2;
+
+template <Item kItem>
+__global__ void __launch_bounds__(32 * kTokenWarps, kTokenBlocks<kItem>) token_major(const Fp8Tokens p) {
+  quantize_tokens_block<kItem>(p);
 }
 
 // ---- Host
@@ -53,6 +63,14 @@ const char* run_clamped(const Fp8Gemm& p, void* stream) {
   return std::isinf(p.clamp) ? run<Kind<false>>(p, stream) : run<Kind<true>>(p, stream);
 }
 
+template <Item kItem>
+const char* run_tokens(const Fp8Tokens& p, void* stream) {
+  const dim3 blocks((p.n_blocks + kTokenWarps - 1) / kTokenWarps, p.width / kTokenColumns);
+  token_major<kItem><<<blocks, 32 * kTokenWarps, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows,
@@ -76,6 +94,12 @@ const char* fp8_up(const Fp8Gemm& p, void* stream) { return run_clamped<UpKind>(
 const char* fp8_wgrad(const Fp8Gemm& p, void* stream) { return run<WgradKind>(p, stream); }
 const char* fp8_down_backward(const Fp8Gemm& p, void* stream) {
   return p.dt_scale == nullptr ? run_clamped<WideDownBackwardKind>(p, stream) : run_clamped<DownBackwardKind>(p, stream);
+}
+const char* fp8_tokens(const Fp8Tokens& p, const std::string& kind, void* stream) {
+  if (kind == "bfloat16") return run_tokens<Item::kBfloat>(p, stream);
+  if (kind == "float16") return run_tokens<Item::kHalf>(p, stream);
+  if (kind == "float32") return run_tokens<Item::kFloat>(p, stream);
+  return kind == "float8_e4m3fn" ? run_tokens<Item::kByte>(p, stream) : "rows of another kind";
 }
 
 }  // namespace sonicmoe

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace sonicmoe {
 
@@ -53,10 +54,28 @@ struct Fp8Gemm {
   bool add;                 // wgrad: += (float32) and not =
 };
 
+// data [C,M], scale [M/128,C]: rows [T,C], of which row m of M is row gather[m], and 0 where it is a pad, quantized along
+// M. One more operand of wgrad.
+struct Fp8Tokens {
+  const void* rows;        // the first of ``apart`` numbers each: bfloat16, float16, float32 or e4m3
+  const float* row_scale;  // of e4m3: [T,apart/128]
+  const int32_t* gather;   // as above
+  const int32_t* scatter;
+  uint8_t* data;
+  float* scale;
+  int32_t n_blocks;        // M/128
+  int32_t n_slots;         // S
+  int32_t width;           // C, a multiple of 128
+  int32_t apart;
+  bool pow2;
+};
+
 // Nothing but a launch on ``stream``. They return nullptr, or what went wrong.
 const char* fp8_rows(const Fp8Gemm& problem, void* stream);
 const char* fp8_up(const Fp8Gemm& problem, void* stream);
 const char* fp8_down_backward(const Fp8Gemm& problem, void* stream);
 const char* fp8_wgrad(const Fp8Gemm& problem, void* stream);
+// ``kind`` of rows: "bfloat16", "float16", "float32" or "float8_e4m3fn".
+const char* fp8_tokens(const Fp8Tokens& problem, const std::string& kind, void* stream);
 
 }  // namespace sonicmoe

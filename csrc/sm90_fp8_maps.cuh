@@ -5,10 +5,6 @@
 
 namespace sonicmoe::sm90 {
 
-enum class Item { kByte, kHalf, kBfloat, kFloat };
-
-constexpr int item_bytes(Item item) { return item == Item::kByte ? 1 : item == Item::kFloat ? 4 : 2; }
-
 // A row-major matrix, of which one copy moves ``box_rows`` rows of 128 bytes; its rows lie ``apart`` items from each other,
 // if not side by side. False if it cannot be done.
 bool describe(CUtensorMap* map, const void* data, Item item, int64_t rows, int64_t columns, uint32_t box_rows,

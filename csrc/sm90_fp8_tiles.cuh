@@ -15,6 +15,9 @@ constexpr int kMultipliers = 2;         // warpgroups
 constexpr int kThreads = 128 * (1 + kMultipliers);
 constexpr int kGroup = 8;               // units of rows that go through the columns together
 
+enum class Item { kByte, kHalf, kBfloat, kFloat };
+constexpr int item_bytes(Item item) { return item == Item::kByte ? 1 : item == Item::kFloat ? 4 : 2; }
+
 // What a GEMM is made of.
 //   kGather         tokens are gathered row by row; a unit's rows are tokens
 //   kStrips         scales of both operands come with every step, one for each row and column

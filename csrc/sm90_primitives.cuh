@@ -347,10 +347,13 @@ __device__ __forceinline__ uint32_t two(float low, float high, bool half) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// ---- Pairs of bfloat16
+// ---- Pairs of 16 bits: bfloat16, and float16 where it says halves
 
 __device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+__device__ __forceinline__ float2 from_half(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
 
 // An Inf as a NaN, without a comparison: 0 times a number adds nothing.
 __device__ __forceinline__ uint32_t tamed_two(uint32_t pair) {
@@ -358,11 +361,21 @@ __device__ __forceinline__ uint32_t tamed_two(uint32_t pair) {
   asm("fma.rn.bf16x2 %0, %1, %2, %1;" : "=r"(found) : "r"(pair), "r"(0));
   return found;
 }
+__device__ __forceinline__ uint32_t tamed_halves(uint32_t pair) {
+  uint32_t found;
+  asm("fma.rn.f16x2 %0, %1, %2, %1;" : "=r"(found) : "r"(pair), "r"(0));
+  return found;
+}
 
 // The larger magnitudes, with any signs. A NaN gives way to a number.
 __device__ __forceinline__ uint32_t larger_two(uint32_t x, uint32_t y) {
   uint32_t found;
   asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(x), "r"(y));
+  return found;
+}
+__device__ __forceinline__ uint32_t larger_halves(uint32_t x, uint32_t y) {
+  uint32_t found;
+  asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(found) : "r"(x), "r"(y));
   return found;
 }
 

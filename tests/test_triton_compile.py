@@ -9,7 +9,7 @@ pytestmark = pytest.mark.torch
 KERNELS = {"_sum_slots", "_finish_ds", "_topk_softmax", "_topk_softmax_backward", "_hash_parts"}
 KERNELS |= {"_column_sums", "_loss", "_loss_backward", "_scores_by_row", "_slots_of_experts", "_products", "_sum_parts"}
 KERNELS |= {"_count_blocks", "_place_rows", "_to_slots", "_logits", "_add_product"}
-KERNELS |= {"_quantize_rows", "_quantize_weights", "_quantize_tokens", "_dequantize_rows"}
+KERNELS |= {"_quantize_rows", "_quantize_weights", "_dequantize_rows"}
 KERNELS |= {"_to_native", "_count_change", "_spoil_if_changed", "_gather_without_pads"}
 
 

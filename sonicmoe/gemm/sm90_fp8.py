@@ -8,13 +8,11 @@ its operands are of 16 bits, and ``sm90_bf16`` multiplies them.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from .. import checks, jit
-from ..cache_safety import JitUnavailable
 from ..launch import address, arch, beside, current_stream, multiprocessors
 from ..quant import api as quant
 from ..quant import naive
@@ -24,19 +22,15 @@ from .frozen import deliver
 from .plan import Plan
 from .sm90_bf16 import score_gradient, sum_slots  # noqa: F401  the same stages
 
-if find_spec("triton") is not None:
-    from ..quant import triton_quantize
-else:
-    triton_quantize = None
-
 _NAME = "sm90_fp8_gemm"
-_PARTS = ("tiles", "mainloop", "epilogues", "backward", "kernel", "maps")
+_PARTS = ("tiles", "mainloop", "epilogues", "backward", "kernel", "maps", "tokens")
 _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for part in _PARTS))
 
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True
 DX_FIRST = True  # dz for dx goes with it, before wgrad takes memory
 _ROOM_BYTES = 100e6  # about what tensors of M rows take at a time, where they can be made in pieces
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, checks.FP8_DTYPE: 1}
 _ROWS_UNIT, _WGRAD_UNIT = 2 * 192, 2 * 128  # columns that two neighbouring thread blocks make at once
 
 
@@ -237,7 +231,7 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
         step = _columns_at_once(routing.n_rows, hidden, 1, _WGRAD_UNIT)
         for first in range(0, hidden, step):
             columns = first, min(hidden, first + step)
-            _wgrad(dz.wgrad, _token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, first)
+            _wgrad(dz.wgrad, token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, first)
 
     deliver(run, buffers.dw1_EFH, buffers.experts1, buffers.overwrite)
 
@@ -248,7 +242,7 @@ def accumulate_dw2(pa, dout, routing, plan, buffers):
     if not plan.fp8_wgrad:
         sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
         return
-    dout_t = _token_major(dout, routing, plan)
+    dout_t = token_major(dout, routing, plan)
     left, right = (pa, dout_t) if buffers.w2_grouped else (dout_t, pa)
     deliver(
         lambda target: _wgrad(left, right, target, routing, plan, buffers.overwrite),
@@ -256,13 +250,32 @@ def accumulate_dw2(pa, dout, routing, plan, buffers):
     )  # fmt: skip
 
 
-def _token_major(rows, routing, plan, columns=None) -> TokenMajor:
-    """Tokens gathered into sorted order and quantized along it, from the values that forward was given."""
-    if triton_quantize is None:
-        raise JitUnavailable("triton is not installed; pip install triton")
+def token_major(rows, routing, plan, columns=None) -> TokenMajor:
+    """Tokens gathered into sorted order and quantized along it, from the values that forward was given: rows [T,C],
+    plain or quantized, or the ``columns`` (first, end), multiples of 128, of these."""
+    row_scale = None
     if isinstance(rows, QuantTensor):
-        rows = (rows.data, rows.scale) if rows.matches(plan.recipe) else naive.dequantize(rows)
-    return TokenMajor(*triton_quantize.quantize_tokens(rows, routing, plan.recipe.pow2, columns=columns))
+        if rows.matches(plan.recipe):
+            rows, row_scale = rows.data, rows.scale.contiguous()
+        else:
+            rows = naive.dequantize(rows)
+    rows = _aligned(rows.contiguous())
+    apart = int(rows.shape[1])
+    first, end = columns or (0, apart)
+    made = _token_major_like(end - first, routing.n_rows, rows)
+    if routing.n_rows:
+        module = _module(arch(rows), plan.cache_dir)
+        scale = 0 if row_scale is None else address(row_scale) + first // FP8_ROW_BLOCK * 4
+        kind = checks.dtype_name(rows)
+        where = address(rows) + first * _ITEM_BYTES[kind], scale, kind, apart
+        to = routing.n_rows, address(made.data), address(made.scale), end - first, plan.recipe.pow2
+        module.tokens(*where, _tokens(module, routing), *to, current_stream(rows))
+    return made
+
+
+def _aligned(rows):
+    """As loads of 16 bytes can read them."""
+    return rows if address(rows) % checks.ALIGN_BYTES == 0 else rows.clone()
 
 
 def _pads_among_their_own(routing):

@@ -23,10 +23,6 @@ _GROUP = 128  # numbers that share a scale, along each dimension that a scale co
 _WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: as many as there is room for
 _ROWS_BYTES = 8192  # that a program of _quantize_rows reads: four times 16 for each of 128 threads
 
-# Columns and warps of a program of _quantize_tokens: whole lines of 16-bit rows, half lines of others. Few warps, since
-# they wait for each other several times; and many numbers for each thread, since fewer pass between threads then.
-_TOKEN_SHARES = dict.fromkeys((torch.bfloat16, torch.float16, torch.float8_e4m3fn), (64, 2)) | {torch.float32: (32, 2)}
-
 _G = tl.constexpr(_GROUP)
 _FOURS = tl.constexpr(_GROUP // 4)  # of rows, in a block
 _LARGEST = tl.constexpr(E4M3_MAX)
@@ -233,89 +229,6 @@ def _blocks_of_weights(sizes: tuple, n_flags: int | None, pow2: bool):
     flags = 1 if n_flags is None else n_flags // len(sizes)
     constants = {"R1": first[0], "C1": first[1], "R2": last[0], "C2": last[1]}
     return blocks[0], sum(blocks), constants | {"FLAGS": flags, "HELD": n_experts // flags, "POW2": pow2}
-
-
-@triton.jit(do_not_specialize=["n_blocks", "n_slots"], do_not_specialize_on_alignment=["gather", "scatter"])
-def _quantize_tokens(
-    rows, row_scale, gather, scatter, data, scale, n_blocks, n_slots,
-    C: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr, POW2: tl.constexpr,
-):  # fmt: skip
-    """128 sorted rows by COLUMNS columns: read as lines of the rows and written as lines of the columns.
-
-    Programs that run at the same time have the same columns: a row that several experts get is still in the L2 cache
-    when the next one asks for these of it, which of whole rows is not so."""
-    block = (tl.program_id(0) % n_blocks).to(tl.int64)
-    first_column = tl.program_id(0) // n_blocks * COLUMNS
-    column = first_column + tl.arange(0, COLUMNS)
-    four = block * _FOURS + tl.arange(0, _FOURS)
-    values = ()
-    for number in tl.static_range(4):
-        m = four * 4 + number
-        real = tl.load(scatter + m) < n_slots
-        if gather is None:
-            row = m
-        else:
-            row = tl.load(gather + m).to(tl.int64)
-        # A pad is 0 whatever its row holds.
-        value = _wide(tl.load(rows + row[:, None] * APART + column[None, :], mask=real[:, None], other=0.0))
-        if row_scale is not None:
-            of_row = tl.load(row_scale + row * (APART // _G) + first_column // _G, mask=real, other=0.0)
-            value *= of_row[:, None]
-        values = values + (_numbers(value),)
-    amax = tl.max(_magnitude(values), axis=0)
-    # Sums of one number each. Every thread holds the maxima of its columns, and many threads have the same columns;
-    # behind a scan a column is one thread's, so that the two divisions are not done 16 times or 32.
-    amax = tl.reshape(tl.cumsum(amax[:, None], axis=1), [COLUMNS])
-    scale_of = _scale_of(amax, POW2)
-    tl.store(scale + block * C + column, scale_of)
-    inverse = tl.div_rn(1.0, scale_of)
-    # Of M = 128 n_blocks; said like this, every column is seen to begin at a multiple of 128 bytes.
-    at = column.to(tl.int64)[:, None] * (n_blocks * _FOURS) + four[None, :]
-    words = data.to(tl.pointer_type(tl.uint32), bitcast=True)
-    tl.store(words + at, tl.trans(_words(values, inverse[None, :])))
-
-
-def quantize_tokens(rows, routing, pow2: bool = False, gathered: bool = True, columns: tuple[int, int] | None = None):
-    """(data [C,M] e4m3, scale [M/128,C] float32): the operand of a weight gradient, whose sums run over sorted rows.
-    ``columns`` (first, end), multiples of 128, are those that are wanted, if not all.
-
-    Sorted row m is row ``routing.x_gather_idx[m]`` of ``rows`` [T,C], or row m itself of ``rows`` [M,C] that are not
-    to be ``gathered``; pads are 0. ``rows`` are bf16, fp16 or fp32, or (data [..,C] e4m3, scale [..,C/128] float32) for
-    the values that those stand for. 128 consecutive sorted rows of a column share a scale.
-    """
-    row_scale = None
-    if isinstance(rows, tuple):
-        rows, row_scale = rows
-        n_rows, width = checks.shape_of(rows)
-        checks.require_dtype("scale", row_scale, ("float32",))
-        checks.require_shape("scale", row_scale, (n_rows, width // _GROUP), "one for each 128 columns")
-        row_scale = row_scale.contiguous()
-    _check("rows", rows, 2, "[T, C]", checks.FLOAT_DTYPES if row_scale is None else (checks.FP8_DTYPE,))
-    apart, n_rows = int(rows.shape[1]), routing.n_rows
-    checks.require_shape("rows", rows, (routing.n_tokens if gathered else n_rows, apart), "as many as the routing has")
-    first, end = columns or (0, apart)
-    if first % _GROUP or end % _GROUP or not 0 <= first <= end <= apart:
-        raise ValueError(f"columns: got {columns}, need multiples of {_GROUP} up to {apart}")
-    width, rows = end - first, rows.contiguous()
-    if width != apart:
-        rows = rows[:, first:end]
-        row_scale = None if row_scale is None else row_scale[:, first // _GROUP : end // _GROUP]
-    if n_rows % _GROUP:
-        raise ValueError(f"routing: got {n_rows} rows, need a multiple of {_GROUP}")
-    n_blocks = n_rows // _GROUP
-    data = torch.empty([width, n_rows], dtype=torch.float8_e4m3fn, device=beside(rows))
-    scale = torch.empty([n_blocks, width], dtype=torch.float32, device=beside(rows))
-    if n_blocks and width:
-        at_once, warps = _TOKEN_SHARES[rows.dtype]
-        gather = routing.x_gather_idx if gathered else None
-        launch(
-            _quantize_tokens,
-            n_blocks * (width // at_once),
-            (rows, row_scale, gather, routing.s_scatter_idx, data, scale, n_blocks, routing.n_slots),
-            {"C": width, "APART": apart, "COLUMNS": at_once, "POW2": pow2},
-            num_warps=warps,
-        )
-    return data, scale
 
 
 def _check(name: str, tensor, rank: int, layout: str, dtypes=checks.FLOAT_DTYPES) -> None:

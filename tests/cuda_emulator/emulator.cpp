@@ -2,6 +2,7 @@
 // that is drawn anew every time round, until all are done. If nobody can go on, that is a deadlock, and it says so.
 #include "sm90_fp8_kernel.cuh"
 #include "sm90_fp8_maps.cuh"
+#include "sm90_fp8_tokens.cuh"
 
 #include <cmath>
 
@@ -115,6 +116,22 @@ const char* run(const Fp8Gemm& p) {
   return nullptr;
 }
 
+// Two blocks that know nothing of each other take a cluster's place.
+template <Item kItem>
+const char* run_tokens(const Fp8Tokens& p) {
+  const int blocks = (p.n_blocks + kTokenWarps - 1) / kTokenWarps;
+  for (blockIdx.y = 0; blockIdx.y < p.width / kTokenColumns; ++blockIdx.y) {
+    for (int number = 0; number < (blocks + 1) / 2; ++number) {
+      emulator::Cluster mine;
+      emulator::cluster = &mine;
+      emulator::work = {[](const void* given, int) { quantize_tokens_block<kItem>(*static_cast<const Fp8Tokens*>(given)); },
+                        &p};
+      if (!emulator::run_cluster(number, 32 * kTokenWarps)) return "deadlock";
+    }
+  }
+  return nullptr;
+}
+
 // What bounds nothing is not compared.
 template <template <bool> class Kind>
 const char* run_clamped(const Fp8Gemm& p) {
@@ -136,6 +153,11 @@ const char* fp8_up(const Fp8Gemm& p, void*) { return run_clamped<UpKind>(p); }
 const char* fp8_wgrad(const Fp8Gemm& p, void*) { return run<WgradKind>(p); }
 const char* fp8_down_backward(const Fp8Gemm& p, void*) {
   return p.dt_scale == nullptr ? run_clamped<WideDownBackwardKind>(p) : run_clamped<DownBackwardKind>(p);
+}
+const char* fp8_tokens(const Fp8Tokens& p, const std::string& kind, void*) {
+  if (kind == "bfloat16") return run_tokens<Item::kBfloat>(p);
+  if (kind == "float16") return run_tokens<Item::kHalf>(p);
+  return kind == "float32" ? run_tokens<Item::kFloat>(p) : run_tokens<Item::kByte>(p);
 }
 
 }  // namespace sonicmoe

@@ -18,6 +18,8 @@
 #include <random>
 #include <vector>
 
+#include "codes.cuh"
+
 #define __device__
 #define __forceinline__ inline
 
@@ -25,7 +27,7 @@ using std::max;
 using std::min;
 
 struct Index {
-  int x;
+  int x, y = 0;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -186,33 +188,6 @@ inline void box_from_shared(const Store& store) {
   }
 }
 
-inline float decode(uint8_t code) {
-  const int exponent = code >> 3 & 15, mantissa = code & 7;
-  if ((code & 0x7F) == 0x7F) return std::nanf("");
-  const float size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-  return code & 0x80 ? -size : size;
-}
-
-inline float e4m3_value(uint8_t code) {
-  static const std::vector<float> values = [] {
-    std::vector<float> all;
-    for (int i = 0; i < 256; ++i) all.push_back(decode(static_cast<uint8_t>(i)));
-    return all;
-  }();
-  return values[code];
-}
-
-inline uint8_t e4m3_code(float value) {
-  if (std::isnan(value)) return 0x7F;
-  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
-  const float size = std::fmin(std::fabs(value), 448.0f);
-  int exponent;
-  std::frexp(size, &exponent);  // size < 2^exponent
-  const int scale = size > 0.0f ? std::max(exponent - 1, -6) - 3 : -9;  // the last mantissa bit counts 2^scale
-  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, -scale)));  // to even
-  return sign | static_cast<uint8_t>(steps + (scale + 9) * 8);  // a carry out of the mantissa is the next exponent
-}
-
 // 32 values of one row of an operand; sixteen of them lie together.
 inline void read_row(uint64_t tile, int row, float (&found)[32]) {
   for (int half = 0; half < 2; ++half) {
@@ -289,6 +264,10 @@ struct uint2 {
   uint32_t x, y;
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = x | static_cast<uint64_t>(y) << 32;
@@ -465,6 +444,11 @@ inline uint32_t to_e4m3(float low, float high) {
 inline uint32_t to_e4m3(float a, float b, float c, float d) { return to_e4m3(a, b) | to_e4m3(c, d) << 16; }
 inline float2 from_e4m3(uint16_t pair) { return {emulator::e4m3_value(pair & 0xFF), emulator::e4m3_value(pair >> 8)}; }
 
+inline float2 from_half(uint32_t pair) {
+  _Float16 halves[2];
+  std::memcpy(halves, &pair, 4);
+  return {static_cast<float>(halves[0]), static_cast<float>(halves[1])};
+}
 inline uint16_t sixteen(float value, bool half) {
   uint16_t found;
   if (half) {
@@ -480,13 +464,21 @@ inline uint32_t two(float low, float high, bool half) {
 }
 inline float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float high_of(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
-inline uint32_t tamed_two(uint32_t pair) {
-  auto tamed = [](float x) { return std::isinf(x) ? std::nanf("") : x; };
-  return two(tamed(low_of(pair)), tamed(high_of(pair)), false);
+inline float2 as_pair(uint32_t pair, bool half) {
+  return half ? from_half(pair) : float2{low_of(pair), high_of(pair)};
 }
-inline uint32_t larger_two(uint32_t x, uint32_t y) {  // fmax knows no NaN where there is a number; the sign is as good as any
-  return two(std::fmax(std::fabs(low_of(x)), std::fabs(low_of(y))), -std::fmax(std::fabs(high_of(x)), std::fabs(high_of(y))),
-             false);
+inline uint32_t tamed(uint32_t pair, bool half) {
+  auto tame = [](float x) { return std::isinf(x) ? std::nanf("") : x; };
+  const float2 v = as_pair(pair, half);
+  return two(tame(v.x), tame(v.y), half);
 }
+inline uint32_t tamed_two(uint32_t pair) { return tamed(pair, false); }
+inline uint32_t tamed_halves(uint32_t pair) { return tamed(pair, true); }
+inline uint32_t larger(uint32_t x, uint32_t y, bool half) {  // fmax knows no NaN where there is a number; any sign will do
+  const float2 v = as_pair(x, half), w = as_pair(y, half);
+  return two(std::fmax(std::fabs(v.x), std::fabs(w.x)), -std::fmax(std::fabs(v.y), std::fabs(w.y)), half);
+}
+inline uint32_t larger_two(uint32_t x, uint32_t y) { return larger(x, y, false); }
+inline uint32_t larger_halves(uint32_t x, uint32_t y) { return larger(x, y, true); }
 
 }  // namespace sonicmoe::sm90

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 if torch:
     from sonicmoe.gemm import naive, sm90_fp8
     from sonicmoe.quant import naive as quant
-    from tests.support import fp8_emulator
+    from tests.support import fp8_emulator, token_major
     from tests.support.fp8_stages import NAMES, Fp8Problem, Stages, distance, values
     from tests.support.gpu_problems import errors
 
@@ -78,12 +78,18 @@ def test_wgrad(stages, fill):
     stages.compare_wgrad(fill)
 
 
+def test_rows_along_tokens(module, monkeypatch, cache_dir):
+    fp8_emulator.install(monkeypatch, module, clusters=1)
+    assert token_major.check_token_major("cpu", cache_dir) == []
+    assert token_major.check_token_major_of_fp8("cpu", cache_dir) == []
+
+
 def test_a_gradient_at_an_odd_place_is_refused(module, monkeypatch, cache_dir):
     """Bulk stores want multiples of 16 bytes, and main_grad may be cut from a buffer with anything before it."""
     fp8_emulator.install(monkeypatch, module, clusters=1)
     problem = Fp8Problem(t=20, k=1, e=2, h=128, i=128, device=CPU)
     plan, routing = problem.plan(cache_dir), problem.route(cache_dir)
-    side = sm90_fp8.TokenMajor(*fp8_emulator.quantize_tokens(problem.x, routing))
+    side = sm90_fp8.token_major(problem.x, routing, plan)
     target = torch.zeros(2 * 128 * 128 + 2)[2:].reshape(2, 128, 128)
     with pytest.raises(ValueError, match="weight gradient: begins .* behind a multiple of 16"):
         sm90_fp8._wgrad(side, side, target, routing, plan, overwrite=False)

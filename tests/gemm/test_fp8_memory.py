@@ -29,18 +29,18 @@ def test_one_piece_of_x_at_a_time(monkeypatch, pieces):
     rows, hidden, width, experts = 256, 768, 256, 2
     made, alive, calls = [], [], []
 
-    def quantize_tokens(x, routing, pow2, columns):
+    def pieces_of_x(x, routing, plan, columns):
         alive.append(sum(piece() is not None for piece in made))
         data, scale = token_major(columns[1] - columns[0], rows)
         made.append(weakref.ref(data))
-        return data, scale
+        return sm90_fp8.TokenMajor(data, scale)
 
     kernels = SimpleNamespace(Problem=lambda *given: given, wgrad=lambda problem, *given: calls.append(given))
     monkeypatch.setattr(sm90_fp8, "_module", lambda target, cache_dir: kernels)
     monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: 4)
-    monkeypatch.setattr(sm90_fp8, "triton_quantize", SimpleNamespace(quantize_tokens=quantize_tokens))
+    monkeypatch.setattr(sm90_fp8, "token_major", pieces_of_x)
     monkeypatch.setattr(sm90_fp8, "_ROOM_BYTES", rows * hidden / pieces)
     config = SonicMoEConfig(use_fp8=True, fp8_wgrad=True)
     plan = make_plan(config, "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
+from sonicmoe.gemm import sm90_fp8
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant import triton_fingerprint, triton_quantize
 from sonicmoe.routing import naive, triton_combine, triton_topk
-from tests.support import children, layout_kernels, quantizers, router_kernels, small_kernels
+from tests.support import children, layout_kernels, quantizers, router_kernels, small_kernels, token_major
 from tests.workers.jit_routings import distinct, elsewhere, holes, skewed, uniform
 
 pytestmark = pytest.mark.gpu
@@ -68,12 +69,17 @@ def test_quantizers_at_size():
     assert quantizers.check_dequantize_rows(GPU, [(4096, 3072), (777, 7168)]) == []
     assert quantizers.check_quantize_weights(GPU, [(3, 1536, 3072), (1, 4096, 128)], kinds) == []
     assert quantizers.check_weight_copies(GPU) == []
+
+
+def test_rows_along_tokens_at_size(cache_dir):
+    kinds = ("ordinary", "holes", "ties")
     routings = [(n_tokens, k, n_experts, kind) for n_tokens, k, n_experts, _, kind in LARGE]
-    assert quantizers.check_quantize_tokens(GPU, (1536, 640), routings, kinds) == []
-    assert quantizers.check_quantize_tokens_of_fp8(GPU, (1536, 640), routings, kinds) == []
+    assert token_major.check_token_major(GPU, cache_dir) == []
+    assert token_major.check_token_major(GPU, cache_dir, (1536, 640), routings, kinds) == []
+    assert token_major.check_token_major_of_fp8(GPU, cache_dir, (1536, 640), routings, kinds) == []
 
 
-def test_quantizers_past_two_billion_elements():
+def test_quantizers_past_two_billion_elements(cache_dir):
     """Offsets of 64 bits: what lies last is compared."""
     width, n_tokens = 4096, 2**19 + 128
     x = torch.empty(n_tokens, width, dtype=torch.bfloat16, device=GPU)
@@ -89,7 +95,8 @@ def test_quantizers_past_two_billion_elements():
     assert quantizers.differences("transposed", found, (turned.data, turned.scale)) == []
     del data, data_t
     routing = small_kernels.make_routing(small_kernels.np.random.default_rng(0), n_tokens, 1, 1, 128, uniform, GPU)
-    data, scale = triton_quantize.quantize_tokens(x, routing)  # sorted order is the tokens' own
+    plan = token_major.plan_of(GPU, cache_dir)
+    data, scale = token_major.both(sm90_fp8.token_major(x, routing, plan))  # sorted order is the tokens' own
     for columns in (slice(0, 128), slice(width - 128, width)):
         wanted = quant.quantize(x[-256:, columns].t().contiguous(), (1, 128))
         found = (data[columns, -256:], scale[-2:, columns])
@@ -106,12 +113,13 @@ def test_rows_past_two_billion_elements():
     assert torch.equal(out, rows)  # one slot a token, one expert: sorted order is the tokens' own
 
 
-def test_repeats_are_the_same_bits():
+def test_repeats_are_the_same_bits(cache_dir):
     rng = small_kernels.np.random.default_rng(5)
     routing = small_kernels.make_routing(rng, 4096, 8, 64, 128, distinct, GPU)
     rows = small_kernels.make_rows(rng, routing, 2048, torch.bfloat16, GPU)
     parts = small_kernels.make_rows(rng, routing, 12, torch.float32, GPU)
-    logits = torch.randn(4096, 128, device=GPU)
+    logits, x = torch.randn(4096, 128, device=GPU), torch.randn(4096, 2048, device=GPU).bfloat16()
+    plan = token_major.plan_of(GPU, cache_dir)
     weights = [torch.randn(999_999, device=GPU), torch.randn(7, device=GPU).bfloat16()]
 
     def everything():
@@ -123,7 +131,7 @@ def test_repeats_are_the_same_bits():
             indices,
             triton_topk.topk_softmax_backward(scores, scores, indices, 128, torch.bfloat16),
             triton_fingerprint.fingerprint(weights).state,
-            *triton_quantize.quantize_tokens(rows, routing, gathered=False),
+            *token_major.both(sm90_fp8.token_major(x, routing, plan)),
         ]
 
     first = everything()
@@ -134,7 +142,7 @@ def test_repeats_are_the_same_bits():
 
 def test_new_token_counts_compile_nothing():
     kernels = (triton_combine._sum_slots, triton_combine._finish_ds, triton_topk._topk_softmax)
-    kernels += (triton_quantize._quantize_rows, triton_quantize._quantize_tokens)
+    kernels += (triton_quantize._quantize_rows,)
 
     def count():
         return [len(kernel.device_caches[GPU.index][0]) for kernel in kernels]
@@ -146,9 +154,7 @@ def test_new_token_counts_compile_nothing():
         triton_combine.sum_slots(rows, routing, torch.bfloat16)
         triton_combine.finish_ds(rows[:, :11].float(), routing)
         triton_topk.topk_softmax_forward(torch.randn(n_tokens, 48, device=GPU), 3)
-        routing = small_kernels.make_routing(rng, n_tokens, 3, 16, 128, distinct, GPU)
         triton_quantize.quantize_rows(torch.randn(n_tokens, 384, device=GPU))
-        triton_quantize.quantize_tokens(torch.randn(n_tokens, 384, device=GPU), routing)
 
     run(17)
     before = count()

@@ -8,16 +8,12 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import pybind11
 
 from sonicmoe import jit
 from sonicmoe.gemm import sm90_bf16, sm90_fp8
-from sonicmoe.quant import naive as quant
-from sonicmoe.quant.formats import QuantTensor
 from sonicmoe.routing import naive as movement
-from tests.support.token_major import wanted_tokens
 
 EMULATOR = Path(__file__).resolve().parents[1] / "cuda_emulator"
 NAME = "sm90_fp8_gemm_emulated"
@@ -38,12 +34,6 @@ def build(folder: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def quantize_tokens(rows, routing, pow2=False, columns=None):
-    """In the place of the Triton kernel of this name."""
-    values = quant.dequantize(QuantTensor(*rows, (1, 128))) if isinstance(rows, tuple) else rows.float()
-    return wanted_tokens(values[:, slice(*columns or (None,))], routing, pow2)
 
 
 class Combine:
@@ -68,5 +58,4 @@ def install(monkeypatch, module, clusters: int) -> None:
     monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: min(2 * clusters, most or 2 * clusters))
-    monkeypatch.setattr(sm90_fp8, "triton_quantize", SimpleNamespace(quantize_tokens=quantize_tokens))
     monkeypatch.setattr(sm90_bf16, "combine", lambda: Combine)

@@ -16,11 +16,7 @@ import torch
 from sonicmoe.quant import api, naive, triton_quantize
 from sonicmoe.quant.formats import QuantTensor, make_recipe
 from tests.support import fp8_model
-from tests.support.small_kernels import make_routing, same_bits
-from tests.support.token_major import wanted_tokens
-from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
-
-TYPES = (torch.bfloat16, torch.float32, torch.float16)
+from tests.support.drawn import KINDS, TYPES, at_any_address, differences, draw, same_bits
 
 # ---- The interpreter -------------------------------------------------------------------------------------------------
 
@@ -74,53 +70,6 @@ def in_gpu_arithmetic(check):
             return check(device, *args, **kwargs)
 
     return run
-
-
-# ---- Inputs ----------------------------------------------------------------------------------------------------------
-
-KINDS = ("ordinary", "tiny", "large", "zeros", "subnormal", "extreme", "ties", "halves", "holes")
-
-
-def draw(rng, shape, kind, dtype, device):
-    """``shape`` ends with (rows, columns); each row and column has a magnitude of its own where a kind allows it."""
-    x = rng.standard_normal(shape)
-    if kind in ("tiny", "large"):
-        x *= {"tiny": 1e-4, "large": 300.0}[kind]
-    if kind == "ordinary":
-        x *= 2.0 ** rng.integers(-4, 5, (*shape[:-1], 1)) * 2.0 ** rng.integers(-4, 5, shape[-1])
-    if kind == "zeros":
-        x *= rng.random(shape) < 0.003  # most blocks are nothing but 0 and -0
-    if kind == "subnormal":
-        smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}[dtype]
-        x = rng.integers(-90, 91, shape) * smallest
-    if kind == "extreme":  # the ends of float32: scales from the floor upwards, and quotients that are subnormal
-        x *= 2.0 ** rng.integers(-135, 125, (*shape[:-1], 1)) * 2.0 ** -rng.integers(0, 20, shape[-1])
-    if kind in ("ties", "halves"):
-        # Where a block holds 448, or 224, its scale is a power of two, and what lies halfway between codes stays so.
-        middles = (fp8_model.values()[1:] + fp8_model.values()[:-1]) / 2
-        around = [np.nextafter(middles.astype(np.float32), np.float32(to)) for to in (0, np.inf)]
-        x = rng.choice(np.concatenate([middles, *around, fp8_model.values()]), shape) * rng.choice([-1, 1], shape)
-        x = np.where(rng.random(shape) < 0.1, 448.0, x) * (0.5 if kind == "halves" else 1.0)
-    if kind == "holes":
-        specials = [np.nan, -np.nan, np.inf, -np.inf, -0.0]
-        x = np.where(rng.random(shape) < 0.05, rng.choice(specials, shape), x)
-        x[..., -1:, :], x[..., -128:] = np.nan, rng.choice(specials[:4], (*shape[:-1], 128))  # whole blocks of them
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(x.astype(np.float32)).to(device=device, dtype=dtype)
-
-
-def at_any_address(x):
-    """The same values, contiguous, where no load of 16 bytes is possible."""
-    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].reshape(x.shape)
-
-
-def differences(about, found, wanted):
-    """Pairs of (data, scale)."""
-    return [
-        f"{about}: {name} {tuple(one.shape)} for {tuple(other.shape)}"
-        for name, one, other in zip(("data", "scale"), found, wanted, strict=True)
-        if not same_bits(one, other)
-    ]
 
 
 def cases(shapes, kinds):
@@ -186,69 +135,6 @@ def check_flags_of_weights(device):
                 same = all(same_bits(part[expert], one[expert]) for part, one in zip(made, right, strict=True))
                 if not (same if flag else untouched):
                     found.append(f"flags {given}: weight {number}, expert {expert}")
-    return found
-
-
-ROUTINGS = [
-    # T, K, E, kind
-    (150, 2, 2, uniform),
-    (40, 3, 3, holes),
-    (130, 1, 1, distinct),
-    (70, 4, 6, elsewhere),
-    (65, 2, 4, skewed),
-    (6, 3, 4, nothing),
-    (0, 2, 4, uniform),
-]
-
-
-def token_cases(device, widths, shapes, kinds):
-    """(routing, drawn rows, pow2, gathered, about), three kinds a routing; the rows that pads point at are NaN."""
-    turns = itertools.cycle(kinds)
-    for number, (n_tokens, topk, n_experts, routed) in enumerate(shape for shape in shapes for _ in range(3)):
-        kind = next(turns)
-        rng = np.random.default_rng(number)
-        routing = make_routing(rng, n_tokens, topk, n_experts, 128, routed, device)
-        width, dtype = widths[number % len(widths)], TYPES[(number + number // len(kinds)) % 3]
-        for turn, gathered in enumerate((True, False)):
-            pow2 = (number + turn) % 2 == 1
-            rows = draw(rng, (n_tokens if gathered else routing.n_rows, width), kind, dtype, device)
-            if not gathered:
-                rows[routing.s_scatter_idx >= routing.n_slots] = float("nan")
-            elif n_tokens:
-                rows[0] = float("nan")  # which every pad points at
-            about = f"tokens T={n_tokens} M={routing.n_rows} {routed.__name__} C={width} {kind} {dtype}"
-            yield routing, rows, pow2, gathered, f"{about} pow2={pow2} gathered={gathered}"
-
-
-@in_gpu_arithmetic
-def check_quantize_tokens(device, widths=(128, 384), shapes=ROUTINGS, kinds=KINDS):
-    found = []
-    for routing, rows, pow2, gathered, about in token_cases(device, widths, shapes, kinds):
-        wanted = wanted_tokens(rows.float(), routing, pow2, gathered)
-        for given in (rows, at_any_address(rows)):
-            made = triton_quantize.quantize_tokens(given, routing, pow2, gathered)
-            found += differences(about, made, wanted)
-        if rows.shape[1] > 128:
-            some = triton_quantize.quantize_tokens(rows, routing, pow2, gathered, columns=(128, rows.shape[1]))
-            found += differences(f"{about} from 128 on", some, (wanted[0][128:], wanted[1][:, 128:].contiguous()))
-    return found
-
-
-@in_gpu_arithmetic
-def check_quantize_tokens_of_fp8(device, widths=(128, 384), shapes=ROUTINGS, kinds=("ordinary", "holes", "extreme")):
-    """What came as e4m3: every code, scales of any size, and scales that are NaN or infinite."""
-    found = []
-    for routing, drawn, pow2, gathered, about in token_cases(device, widths, shapes, kinds):
-        n_rows, width = drawn.shape
-        codes = np.random.default_rng(n_rows).integers(0, 256, (n_rows, width), dtype=np.uint8)
-        data = torch.from_numpy(codes).to(device).view(torch.float8_e4m3fn)
-        scale = drawn[:, ::128].float().abs().contiguous()
-        rows = QuantTensor(data, scale, (1, 128))
-        wanted = wanted_tokens(naive.dequantize(rows), routing, pow2, gathered)
-        made = triton_quantize.quantize_tokens((data, scale), routing, pow2, gathered)
-        found += differences(f"{about} of FP8", made, wanted)
-        some = triton_quantize.quantize_tokens((data, scale), routing, pow2, gathered, columns=(0, 128))
-        found += differences(f"{about} of FP8 up to 128", some, (wanted[0][:128], wanted[1][:, :128].contiguous()))
     return found
 
 
@@ -367,8 +253,6 @@ CHECKS = {
         check_quantize_rows,
         check_quantize_weights,
         check_flags_of_weights,
-        check_quantize_tokens,
-        check_quantize_tokens_of_fp8,
         check_dequantize_rows,
         check_choice,
     ),

@@ -9,7 +9,6 @@ import itertools
 import numpy as np
 import torch
 
-from sonicmoe import SonicMoEConfig
 from sonicmoe.quant import triton_fingerprint
 from sonicmoe.routing import (
     metadata,
@@ -18,19 +17,8 @@ from sonicmoe.routing import (
     triton_combine,
     triton_counts,
 )
+from tests.support.drawn import NAIVE, bits, make_routing, same_bits
 from tests.workers.jit_routings import distinct, elsewhere, holes, nothing, skewed, uniform
-
-NAIVE = SonicMoEConfig(metadata_backend="naive")
-INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor):
-    """Values as integers: a NaN equals itself, and -0 does not equal 0."""
-    return tensor.contiguous().view(INTEGER[tensor.element_size()])
-
-
-def same_bits(left, right) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
 
 
 def same_rounding(found, wanted) -> bool:
@@ -45,12 +33,6 @@ def relative(found, wanted) -> float:
     """||found - wanted|| / ||wanted||; NaN never passes a comparison with a bound."""
     found, wanted = found.double(), wanted.double()
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
-
-
-def make_routing(rng, n_tokens, topk, n_experts, block, kind, device):
-    indices = torch.from_numpy(kind(rng, (n_tokens, topk), n_experts).astype(np.int64)).to(device)
-    probs = torch.from_numpy(rng.standard_normal((n_tokens, topk)).astype(np.float32)).to(device)
-    return metadata.build(indices, probs, n_experts, block, NAIVE)
 
 
 def make_rows(rng, routing, width, dtype, device):

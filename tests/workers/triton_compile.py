@@ -141,7 +141,6 @@ def call_everything(torch, n_tokens, draw):
     padded = routing_of(torch, n_tokens, 8, draw, 128)
     triton_combine.gather_without_pads(padded)
     triton_counts.slots_of_experts(padded)
-    triton_quantize.quantize_tokens(x, padded)
 
 
 def variants(torch):
@@ -173,10 +172,7 @@ def variants(torch):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         triton_quantize.quantize_rows(torch.zeros([5, 256], dtype=dtype), pow2=True)
         triton_quantize.quantize_weights([torch.zeros([1, 128, 256], dtype=dtype)], pow2=True)
-        triton_quantize.quantize_tokens(torch.zeros([5, 256], dtype=dtype), routing, pow2=True)
-        triton_quantize.quantize_tokens(torch.zeros([routing.n_rows, 256], dtype=dtype), routing, gathered=False)
     payload = torch.zeros([5, 256], dtype=torch.float8_e4m3fn), torch.zeros([5, 2], dtype=torch.float32)
-    triton_quantize.quantize_tokens(payload, routing)
     for dtype in (torch.float16, torch.float32):
         triton_quantize.dequantize_rows(*payload, dtype)
 
@@ -203,9 +199,9 @@ def faults(kernel) -> list[str]:
 
 # Of 16 bytes, in what call_everything compiles.
 WIDE_LOADS = {"_sum_slots": 6, "_finish_ds": 3, "_hash_parts": 8, "_topk_softmax": 1}
-WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weights": 16, "_quantize_tokens": 16, "_dequantize_rows": 2}
+WIDE_LOADS |= {"_quantize_rows": 4, "_quantize_weights": 16, "_dequantize_rows": 2}
 WIDE_LOADS |= {"_add_product": 14}
-WIDE_STORES = {"_quantize_rows": 2, "_quantize_weights": 16, "_quantize_tokens": 8, "_dequantize_rows": 4}
+WIDE_STORES = {"_quantize_rows": 2, "_quantize_weights": 16, "_dequantize_rows": 4}
 
 
 def exact_arithmetic(kernel) -> list[str]:
