@@ -263,7 +263,7 @@ def token_major(rows, routing, plan, columns=None) -> TokenMajor:
     apart = int(rows.shape[1])
     first, end = columns or (0, apart)
     made = _token_major_like(end - first, routing.n_rows, rows)
-    if routing.n_rows:
+    if routing.n_rows and end > first:
         module = _module(arch(rows), plan.cache_dir)
         scale = 0 if row_scale is None else address(row_scale) + first // FP8_ROW_BLOCK * 4
         kind = checks.dtype_name(rows)

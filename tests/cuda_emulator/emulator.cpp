@@ -120,6 +120,7 @@ const char* run(const Fp8Gemm& p) {
 template <Item kItem>
 const char* run_tokens(const Fp8Tokens& p) {
   const int blocks = (p.n_blocks + kTokenWarps - 1) / kTokenWarps;
+  if (blocks == 0 || p.width == 0) return "invalid argument";  // as a grid of nothing is
   for (blockIdx.y = 0; blockIdx.y < p.width / kTokenColumns; ++blockIdx.y) {
     for (int number = 0; number < (blocks + 1) / 2; ++number) {
       emulator::Cluster mine;

@@ -48,7 +48,7 @@ def stages(request, module, monkeypatch, cache_dir):
     if not torch:
         return None
     fp8_emulator.install(monkeypatch, module, clusters=2)
-    problem = Fp8Problem(t=150, k=2, e=4, h=384, i=128, routing=request.param, device=CPU)
+    problem = Fp8Problem(t=150, k=3, e=4, h=384, i=128, routing=request.param, device=CPU)
     return Stages(problem, cache_dir, SUMS, CODES)
 
 

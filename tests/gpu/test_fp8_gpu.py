@@ -30,7 +30,7 @@ def test_scales_are_divided_exactly(tmp_path):
 
 @pytest.fixture(params=ROUTINGS)
 def stages(request, cache_dir):
-    return Stages(Fp8Problem(t=500, k=3, e=6, h=512, i=384, routing=request.param), cache_dir, SUMS, CODES)
+    return Stages(Fp8Problem(t=500, k=4, e=6, h=512, i=384, routing=request.param), cache_dir, SUMS, CODES)
 
 
 def test_up(stages):

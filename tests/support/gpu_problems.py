@@ -17,7 +17,7 @@ class Problem:
     """T tokens, K slots, E experts, H hidden, I intermediate; ids may be holes (-1) or point past the experts."""
 
     def __init__(
-        self, t=700, k=3, e=6, h=512, i=384, kind="swiglu", routing="random", scale=1.0, storage="bfloat16", clamp=None,
+        self, t=700, k=4, e=6, h=512, i=384, kind="swiglu", routing="random", scale=1.0, storage="bfloat16", clamp=None,
         seed=0, device=GPU,
     ):  # fmt: skip
         self.sizes, self.kind, self.clamp, self.device = (t, k, e, h, i), kind, clamp, device
@@ -36,8 +36,8 @@ class Problem:
         noise = torch.rand(t, e, generator=random, device=device)
         noise = noise - lean * torch.arange(e, device=device) / e
         if routing == "empty":
-            assert k <= (e + 1) // 2, "all experts would be chosen"
-            noise[:, 1::2] -= 10.0  # every second expert is chosen only after all others
+            assert k < e, "all experts are chosen"
+            noise[:, 1::2][:, : e - k] -= 10.0  # some are chosen only after all others, so that nobody does
         self.indices = noise.argsort(dim=1, descending=True)[:, :k].to(torch.int32)
         if routing != "random":
             self.indices[torch.rand(t, k, generator=random, device=device) < 0.2] = -1
