@@ -38,6 +38,14 @@ def test_sums_stay_in_registers(assembler_report, kernel):
     assert "Used 168 registers" in about[2]
 
 
+@pytest.mark.parametrize("item", range(4))
+def test_tokens_stay_in_registers(assembler_report, item):
+    """Two words of float16's do not."""
+    about = re.search(rf"Function properties for \S*token_major\S*ItemE{item}E\S*\n(.*)\n", assembler_report)
+    assert about, assembler_report
+    assert max(map(int, re.findall(r"\d+", about[1]))) <= (8 if item == 1 else 0), about[1]
+
+
 def test_products_run_beside_each_other(assembler_report):
     """The assembler waits for each product by itself where registers of one in flight might be touched, and says so."""
     assert "serializ" not in assembler_report
