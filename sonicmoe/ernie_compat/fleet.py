@@ -151,8 +151,10 @@ def _main_grad_shape(point: str, weight) -> tuple[int, int, int]:
 
 def _check_main_grad(point: str, weight, beside) -> None:
     require_main_grad(point, weight, _main_grad_shape(point, weight), beside)
-    if getattr(weight, "main_grad", None) is not None:
-        checks.require_contiguous(f"{point}.main_grad", weight.main_grad)  # kernels write it by its address
+    if getattr(weight, "main_grad", None) is not None:  # kernels write it by its address
+        checks.require_contiguous(f"{point}.main_grad", weight.main_grad)
+        if not checks.is_cpu(weight.main_grad):
+            checks.require_aligned(f"{point}.main_grad", weight.main_grad)
 
 
 def _weights(w1, w2, hidden: int, intermediate: int, plan: Plan, beside) -> ExpertWeights:

@@ -439,6 +439,18 @@ def test_a_main_grad_on_another_device(monkeypatch):
     refused(lambda: call_fleet(**weights), ValueError, message)
 
 
+def test_a_main_grad_at_an_odd_place(monkeypatch):
+    """Kernels move 16 bytes at a time; nothing on a CPU does."""
+    weights = dict(zip(("w1", "w2"), native_parameters(PROBLEM), strict=True))
+    weights["w2"].main_grad = odd = paddle.zeros([3 * 128 * 128 + 1])[1:].reshape([3, 128, 128])
+    assert odd.data_ptr() % 16 == 4
+    call_fleet(**weights)
+    is_cpu = checks.is_cpu
+    monkeypatch.setattr(checks, "is_cpu", lambda given: given is not odd and is_cpu(given))
+    forbid_engine(monkeypatch)
+    refused(lambda: call_fleet(**weights), ValueError, "^w2.main_grad: begins 4 bytes behind a multiple of 16")
+
+
 @pytest.mark.parametrize("hook", [3, "hook", [print]])
 def test_deferral_hook(hook):
     refused(lambda: set_wgrad_deferral_hook(hook), TypeError, f"^hook: got {type(hook).__name__}, need a callable or")
