@@ -53,6 +53,11 @@ def pytest_pyfunc_call(pyfuncitem):
             pytest.skip(phase["text"])
         if phase["outcome"] != "passed":
             pytest.fail(phase["text"], pytrace=False)
+    # A crash writes no phase, and what was written before it is no pass.
+    if phases[-1]["when"] != "teardown":
+        pytest.fail(f"the child ended in this test\n{done.report()}", pytrace=False)
+    if done.status not in (0, 1) and pyfuncitem.nodeid == list(outcomes)[-1]:
+        pytest.fail(f"the child did not end as it should after this last test\n{done.report()}", pytrace=False)
     return True
 
 
