@@ -77,8 +77,8 @@ bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows,
                     int64_t apart) {
   if (encoder() == nullptr) return false;
   const int bytes = item_bytes(item);
-  const auto type = item == Item::kByte    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                    : item == Item::kHalf  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+  const auto type = item == Item::kByte     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : item == Item::kHalf   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                     : item == Item::kBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
