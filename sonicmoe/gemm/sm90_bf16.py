@@ -12,7 +12,7 @@ import torch
 
 from .. import checks
 from ..cache_safety import JitUnavailable
-from ..launch import beside
+from ..launch import address, beside
 from ..quant import api as quant
 from ..quant.formats import QuantTensor
 from . import grouped, kernel_store
@@ -116,7 +116,12 @@ def prepare_rows(x, plan):
         x = x.to(dtype)
     if not x.is_contiguous():
         x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return aligned(x)
+
+
+def aligned(rows):
+    """As loads of 16 bytes can read them."""
+    return rows if address(rows) % checks.ALIGN_BYTES == 0 else rows.clone()
 
 
 def up_projection(x_rows, weights, routing, plan, need_a, out=None):

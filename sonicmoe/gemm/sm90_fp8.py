@@ -20,7 +20,7 @@ from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
 from . import sm90_bf16
 from .frozen import deliver
 from .plan import Plan
-from .sm90_bf16 import score_gradient, sum_slots  # noqa: F401  the same stages
+from .sm90_bf16 import aligned, score_gradient, sum_slots  # noqa: F401  the last two are the same stages
 
 _NAME = "sm90_fp8_gemm"
 _PARTS = ("tiles", "mainloop", "epilogues", "backward", "kernel", "maps", "tokens")
@@ -253,15 +253,14 @@ def accumulate_dw2(pa, dout, routing, plan, buffers):
 def token_major(rows, routing, plan, columns=None) -> TokenMajor:
     """Tokens gathered into sorted order and quantized along it, from the values that forward was given: rows [T,C],
     plain or quantized, or the ``columns`` (first, end), multiples of 128, of these."""
-    row_scale = None
-    if isinstance(rows, QuantTensor):
-        if rows.matches(plan.recipe):
-            rows, row_scale = rows.data, rows.scale.contiguous()
-        else:
-            rows = naive.dequantize(rows)
-    rows = _aligned(rows.contiguous())
-    apart = int(rows.shape[1])
+    rows, row_scale = _token_rows(rows, plan)
+    n_tokens, apart = checks.shape_of(rows)
     first, end = columns or (0, apart)
+    if n_tokens != routing.n_tokens:
+        raise ValueError(f"rows: got {n_tokens} of them, need {routing.n_tokens}, as many as the routing has tokens")
+    if any(size % FP8_ROW_BLOCK for size in (routing.n_rows, first, end)):
+        given = f"{routing.n_rows} in sorted order and columns {first} to {end}"
+        raise ValueError(f"rows: got {given}, need multiples of {FP8_ROW_BLOCK}")
     made = _token_major_like(end - first, routing.n_rows, rows)
     if routing.n_rows and end > first:
         module = _module(arch(rows), plan.cache_dir)
@@ -273,9 +272,13 @@ def token_major(rows, routing, plan, columns=None) -> TokenMajor:
     return made
 
 
-def _aligned(rows):
-    """As loads of 16 bytes can read them."""
-    return rows if address(rows) % checks.ALIGN_BYTES == 0 else rows.clone()
+def _token_rows(rows, plan):
+    """(numbers or codes, the scales of codes or None), as ``token_major`` can read them."""
+    if not isinstance(rows, QuantTensor):
+        return aligned(rows.contiguous()), None
+    if rows.matches(plan.recipe):
+        return aligned(rows.data.contiguous()), rows.scale.contiguous()
+    return naive.dequantize(rows), None
 
 
 def _pads_among_their_own(routing):

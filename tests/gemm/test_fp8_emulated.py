@@ -84,6 +84,19 @@ def test_rows_along_tokens(module, monkeypatch, cache_dir):
     assert token_major.check_token_major_of_fp8("cpu", cache_dir) == []
 
 
+def test_rows_along_tokens_that_do_not_fit(module, monkeypatch, cache_dir):
+    """They would be read from behind their end, or cut off."""
+    fp8_emulator.install(monkeypatch, module, clusters=1)
+    problem = Fp8Problem(t=20, k=1, e=2, h=256, i=128, device=CPU)
+    plan, routing = problem.plan(cache_dir), problem.route(cache_dir)
+    with pytest.raises(ValueError, match="^rows: got 19 of them, need 20, as many as the routing has"):
+        sm90_fp8.token_major(problem.x[1:], routing, plan)
+    with pytest.raises(ValueError, match="^rows: got 256 in sorted order and columns 64 to 256, need multiples of 128"):
+        sm90_fp8.token_major(problem.x, routing, plan, (64, 256))
+    with pytest.raises(ValueError, match="^rows: got 20 in sorted order .* need multiples of 128"):
+        sm90_fp8.token_major(problem.x, problem.route(cache_dir, 1), plan)
+
+
 def test_a_gradient_at_an_odd_place_is_refused(module, monkeypatch, cache_dir):
     """Bulk stores want multiples of 16 bytes, and main_grad may be cut from a buffer with anything before it."""
     fp8_emulator.install(monkeypatch, module, clusters=1)
