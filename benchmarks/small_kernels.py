@@ -39,6 +39,7 @@ def routing_of(n_tokens, k, n_experts, share=1.0, block=1):
 def sum_slots_cases():
     shapes = [(8192, 8, 3072, 1.0, False), (8192, 8, 3072, 1.0, True), (8192, 8, 7168, 1.0, False)]
     shapes += [(1024, 8, 3072, 1.0, False), (16384, 8, 3072, 0.2, False), (8192, 16, 1536, 1.0, False)]
+    shapes += [(8192, 8, 768, 1.0, False), (8192, 8, 1536, 1.0, True), (32768, 8, 1152, 1.0, False)]  # pieces of FP8's
     for n_tokens, k, width, share, weighted in shapes:
         routing = routing_of(n_tokens, k, 64, share)
         rows = torch.randn(routing.n_rows, width, device=GPU).to(torch.bfloat16)

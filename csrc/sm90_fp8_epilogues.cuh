@@ -314,7 +314,7 @@ __device__ void store_wgrad(const Fp8Gemm& p, const Maps& maps, const Shared<Kin
 #pragma unroll 1
     for (int tile = 0; tile < 2 && is_stored(p, unit, tile); ++tile) {
       const Room<Kind> room(p, group, tile);
-      const int row = unit.expert * p.height + unit.row + tile * kTile + group * 64;
+      const int row = unit.expert * p.d_rows + unit.row + tile * kTile + group * 64;
       Address piece = room.in(shared_address(&shared));
       pass_when_all_have_come(room.full(), kMeeting);
       if (lane == 0) {

@@ -126,8 +126,10 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
       py::arg("data"), py::arg("scale"), py::arg("width"), py::arg("pow2"), py::arg("stream"));
   m.def(
       "wgrad",
-      [](Fp8Gemm p, int32_t height, int32_t d_columns, uintptr_t d, bool wide, bool half, bool add, uintptr_t stream) {
+      [](Fp8Gemm p, int32_t height, int32_t d_rows, int32_t d_columns, uintptr_t d, bool wide, bool half, bool add,
+         uintptr_t stream) {
         p.height = height;
+        p.d_rows = d_rows;
         p.d_columns = d_columns;
         p.d = at<void>(d);
         p.wide = wide;
@@ -135,6 +137,6 @@ PYBIND11_MODULE(SONICMOE_MODULE_NAME, m) {
         p.add = add;
         require(fp8_wgrad(p, at<void>(stream)));
       },
-      py::arg("problem"), py::arg("height"), py::arg("d_columns"), py::arg("d"), py::arg("wide"), py::arg("half"),
-      py::arg("add"), py::arg("stream"));
+      py::arg("problem"), py::arg("height"), py::arg("d_rows"), py::arg("d_columns"), py::arg("d"), py::arg("wide"),
+      py::arg("half"), py::arg("add"), py::arg("stream"));
 }

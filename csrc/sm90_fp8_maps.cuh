@@ -46,7 +46,7 @@ bool make_maps(WideDownBackwardKind<kClamp>, const Fp8Gemm& p, Maps& maps) {
 
 inline bool make_maps(WgradKind, const Fp8Gemm& p, Maps& maps) {
   const Item item = p.wide ? Item::kFloat : p.half ? Item::kHalf : Item::kBfloat;
-  const int64_t rows = static_cast<int64_t>(p.n_experts) * p.height;
+  const int64_t rows = static_cast<int64_t>(p.n_experts - 1) * p.d_rows + p.height;
   return describe(&maps.a, p.a, Item::kByte, p.height, p.n_rows, 128) &&
          describe(&maps.b, p.b, Item::kByte, p.width, p.n_rows, 128) &&
          describe(&maps.d, p.d, item, rows, p.width, 64, p.d_columns);

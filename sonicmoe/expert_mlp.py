@@ -82,12 +82,13 @@ def backward(
     need_dx: bool = True,
     need_ds: bool = True,
     need_wgrad: bool = True,
-    deliver_dw2: Callable[[PendingWgrad], None] | None = None,
+    deliver: Callable[[PendingWgrad], None] | None = None,
 ) -> Grads:
     """Gradients of one forward. ``dout`` is [T,H], or a QuantTensor if the combine's backward delivered FP8.
 
-    ``deliver_dw2`` gets the pending weight gradients where dW2 costs the least memory, and drops ``pa``: before dx,
-    so that p*a and dx by slot are never in memory at the same time, or after it if dx has operands of its own.
+    ``deliver`` gets the pending weight gradients where these cost the least memory: before dx, to make dW2 and drop
+    ``pa``, so that p*a and dx by slot are never in memory at the same time; or, if dx has operands of its own
+    (``DX_FIRST``), after it, to make both if it likes.
     """
     if saved.released:
         raise RuntimeError("backward ran a second time, but stage-wise memory released the activations after the first")
@@ -104,7 +105,8 @@ def backward(
     z = dout_rows = ds_parts = None
     wgrad = PendingWgrad(saved.x, dout, dz, pa, routing, plan) if need_wgrad else None
     pa = None
-    deliver = deliver_dw2 if wgrad is not None else None
+    if wgrad is None:
+        deliver = None
     if deliver is not None and not run.DX_FIRST:
         deliver(wgrad)
     dx = run.summed_up_projection_backward(dz, weights, routing, plan) if need_dx else None

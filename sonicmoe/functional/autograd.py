@@ -121,6 +121,7 @@ class ExpertCall:
         """(dx, ds float32, dw1, dw2), each None where it is not needed or has gone into its ``main_grad``. What
         ``weight_needs`` says comes as ``need1`` and ``need2``."""
         plan, z, uses_up_z = self.plan, None, False
+        dx_first = stages(plan).DX_FIRST
         owner1 = self.owner1 if need1 is True else None
         owner2 = self.owner2 if need2 is True else None
         # Both before anything is added to one of them.
@@ -129,27 +130,31 @@ class ExpertCall:
                 _standing_main_grad(name, owner)
         # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
         if next(self.z_turns, False):
-            z, uses_up_z = _together(z_parts, self.z_block), stages(plan).DX_FIRST
+            z, uses_up_z = _together(z_parts, self.z_block), dx_first
         weights, still_good = self.fp8_weights
         if not still_good():
             weights, _ = _engine_weights(w1, w2, plan)
         saved = Saved(x=x, z=z, routing=self.routing, weights=weights, plan=plan)
         z = None  # the engine's alone now
-        dw2 = None
+        dw1 = dw2 = None
 
-        def deliver_dw2(wgrad):
-            nonlocal dw2
+        def deliver(wgrad):
+            nonlocal dw1, dw2
             if uses_up_z:
                 _free(z_parts)
+            # With nothing left to come but these, the one with the larger operand goes first.
+            if dx_first and need1:
+                dw1 = _weight_grad("w1", w1, owner1, _into_dw1, wgrad)
             if need2:
                 dw2 = _weight_grad("w2", w2, owner2, _into_dw2, wgrad)
 
         if not isinstance(dout, QuantTensor):
             dout = dout.contiguous()
         grads = engine_backward(
-            saved, dout, need_dx=need_dx, need_ds=need_ds, need_wgrad=bool(need1 or need2), deliver_dw2=deliver_dw2
+            saved, dout, need_dx=need_dx, need_ds=need_ds, need_wgrad=bool(need1 or need2), deliver=deliver
         )
-        dw1 = _weight_grad("w1", w1, owner1, _into_dw1, grads.wgrad) if need1 else None
+        if need1 and not dx_first:
+            dw1 = _weight_grad("w1", w1, owner1, _into_dw1, grads.wgrad)
         return grads.dx, grads.ds, dw1, dw2
 
 
@@ -215,6 +220,7 @@ def _standing_main_grad(point: str, owner):
 
 def _into_dw1(wgrad, buffer, everyone, overwrite: bool) -> None:
     wgrad.accumulate_dw1(GradBuffers(buffer, None, False, everyone, everyone, overwrite))
+    wgrad.dz = None  # before dW2, if that is still to come
 
 
 def _into_dw2(wgrad, buffer, everyone, overwrite: bool) -> None:

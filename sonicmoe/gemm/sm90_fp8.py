@@ -6,6 +6,7 @@ GEMM sums over; the operands of wgrad lie with the tokens contiguous, scales by 
 its operands are of 16 bits, and ``sm90_bf16`` multiplies them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -29,7 +30,9 @@ _HEADERS = (f"{_NAME}.h", "sm90_primitives.cuh", *(f"sm90_fp8_{part}.cuh" for pa
 # A tile of z is read by the thread block that writes the same tile of dz, so dz takes z's place in memory.
 OVERWRITES_Z = True
 DX_FIRST = True  # dz for dx goes with it, before wgrad takes memory
-_ROOM_BYTES = 100e6  # about what tensors of M rows take at a time, where they can be made in pieces
+# Tensors of M rows can be made some columns at a time, in a room of its own for each kind. The other operand is read
+# again for each piece: so no room is smaller than this, and there are no more pieces than that.
+_LEAST_ROOM, _MOST_PIECES = 100e6, 4
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, checks.FP8_DTYPE: 1}
 _ROWS_UNIT, _WGRAD_UNIT = 2 * 192, 2 * 128  # columns that two neighbouring thread blocks make at once
 
@@ -145,33 +148,39 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
     return _rows(dz.rows, weights.fp8.w1_t, weights.hidden_size, routing, plan, out)
 
 
-def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, scores=None):
-    """[T,width]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
+def _summed_rows(rows: QuantTensor, weight: QuantTensor, room: int, routing, plan, scores=None):
+    """[T,H]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
     columns at a time, in the same memory. The numbers do not depend on how many."""
-    step = min(width, _columns_at_once(routing.n_rows, width, 2, _ROWS_UNIT))
+    width = int(weight.data.shape[1])
+    step = min(width, _columns_at_once(routing.n_rows, width, 2, _ROWS_UNIT, room))
     out = _storage([routing.n_tokens, width], rows.data, plan)
-    room = _storage([routing.n_rows, step], rows.data, plan)
+    memory = _storage([routing.n_rows, step], rows.data, plan)
     for first in range(0, width, step):
-        columns, y = min(step, width - first), room
+        columns, y = min(step, width - first), memory
         if columns != step:  # the last ones, in fewer rows' room
-            y = room.reshape([-1])[: routing.n_rows * columns].reshape([routing.n_rows, columns])
+            y = memory.reshape([-1])[: routing.n_rows * columns].reshape([routing.n_rows, columns])
         _rows(rows, weight, columns, routing, plan, y, first)
         sm90_bf16.combine().sum_slots(y, routing, out.dtype, scores, out, first)
     return out
 
 
-def _columns_at_once(n_rows: int, width: int, item: int, unit: int) -> int:
-    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMM."""
-    pieces = max(1, round(item * n_rows * width / _ROOM_BYTES))
-    return -(-width // (pieces * unit)) * unit
+def _columns_at_once(n_rows: int, width: int, item: int, unit: int, room: int) -> int:
+    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMM: what ``room`` bytes are
+    for, about."""
+    pieces = min(_MOST_PIECES, math.ceil(item * n_rows * width / max(room, _LEAST_ROOM)))
+    return -(-width // (max(pieces, 1) * unit)) * unit
 
 
 def summed_down_projection(take_a, weights, routing, plan):
-    return _summed_rows(take_a(), weights.fp8.w2, weights.hidden_size, routing, plan, routing.scores)
+    # What the weights take in FP8, there and back: with many experts the rows are little beside these. More than in
+    # backward, which holds dz by token as well.
+    room = 6 * routing.n_experts * weights.hidden_size * weights.intermediate_size
+    return _summed_rows(take_a(), weights.fp8.w2, room, routing, plan, routing.scores)
 
 
 def summed_up_projection_backward(dz, weights, routing, plan):
-    return _summed_rows(dz.rows, weights.fp8.w1_t, weights.hidden_size, routing, plan)
+    room = 2 * routing.n_experts * weights.hidden_size * weights.intermediate_size  # as much as the weights read
+    return _summed_rows(dz.rows, weights.fp8.w1_t, room, routing, plan)
 
 
 def after_dx(dz):
@@ -199,8 +208,9 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     return Gradient(rows, dz), pa if need_wgrad else None, parts
 
 
-def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool, first: int = 0) -> None:
-    """target[e] [P,Q] = (+=) left @ right^T over segment e; into the columns of ``target`` from ``first`` on."""
+def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite: bool, at=(0, 0)) -> None:
+    """target[e] [P,Q] = (+=) left @ right^T over segment e, in that part of ``target``'s that begins ``at`` a row and
+    column."""
     if not routing.n_rows:
         if overwrite:
             target.zero_()
@@ -213,7 +223,8 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
     height, width = int(left.data.shape[0]), int(right.data.shape[0])
     problem = _problem(module, plan, left, right, routing, width, 0)
     wide, half = kind == "float32", kind == "float16"
-    place = int(target.shape[2]), address(target) + first * (4 if wide else 2)
+    _, rows, columns = checks.shape_of(target)
+    place = rows, columns, address(target) + (at[0] * columns + at[1]) * _ITEM_BYTES[kind]
     module.wgrad(problem, height, *place, wide, half, not overwrite, current_stream(target))
 
 
@@ -225,15 +236,21 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
         return
 
     def run(target):
-        # The copy of x by row is the largest of its time: made some columns at a time, it is not. No name for a piece,
-        # which would keep it until the next one is there.
-        hidden = int(target.shape[2])
-        step = _columns_at_once(routing.n_rows, hidden, 1, _WGRAD_UNIT)
-        for first in range(0, hidden, step):
-            columns = first, min(hidden, first + step)
-            _wgrad(dz.wgrad, token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, first)
+        # At once where z has just made room for it and nothing new is to be made. No name for a piece of x, which would
+        # keep it until the next one is there.
+        _, width, hidden = checks.shape_of(target)
+        room = routing.n_experts * hidden * width * 3 // 2 if buffers.overwrite else None
+        for columns in _spans(routing.n_rows, hidden, room):
+            at = 0, columns[0]
+            _wgrad(dz.wgrad, token_major(x, routing, plan, columns), target, routing, plan, buffers.overwrite, at)
 
     deliver(run, buffers.dw1_EFH, buffers.experts1, buffers.overwrite)
+
+
+def _spans(n_rows: int, width: int, room: int | None) -> list[tuple[int, int]]:
+    """(first, end) of the columns of which an operand by token is made at a time, in about ``room`` bytes."""
+    step = width if room is None else _columns_at_once(n_rows, width, 1, _WGRAD_UNIT, room)
+    return [(first, min(width, first + step)) for first in range(0, width, step)]
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
@@ -242,12 +259,23 @@ def accumulate_dw2(pa, dout, routing, plan, buffers):
     if not plan.fp8_wgrad:
         sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
         return
-    dout_t = token_major(dout, routing, plan)
-    left, right = (pa, dout_t) if buffers.w2_grouped else (dout_t, pa)
-    deliver(
-        lambda target: _wgrad(left, right, target, routing, plan, buffers.overwrite),
-        buffers.dw2, buffers.experts2, buffers.overwrite,
-    )  # fmt: skip
+
+    def run(target):
+        # In the room that dW1's operands had, if that comes first, less what a new gradient takes.
+        grouped, to = buffers.w2_grouped, (target, routing, plan, buffers.overwrite)
+        n_experts, *sizes = checks.shape_of(target)
+        hidden, intermediate = reversed(sizes) if grouped else sizes
+        room = None
+        if buffers.overwrite:
+            taken = n_experts * hidden * intermediate * _ITEM_BYTES[checks.dtype_name(target)]
+            room = routing.n_rows * (hidden + 2 * intermediate) - taken
+        for columns in _spans(routing.n_rows, hidden, room):
+            if grouped:
+                _wgrad(pa, token_major(dout, routing, plan, columns), *to, (0, columns[0]))
+            else:
+                _wgrad(token_major(dout, routing, plan, columns), pa, *to, (columns[0], 0))
+
+    deliver(run, buffers.dw2, buffers.experts2, buffers.overwrite)
 
 
 def token_major(rows, routing, plan, columns=None) -> TokenMajor:

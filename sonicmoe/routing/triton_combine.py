@@ -16,7 +16,8 @@ from ..launch import beside
 from ..triton_launch import launch, next_power_of_2
 
 _INDEX_ARRAYS = ["reverse", "slot_offset", "scores", "scatter", "source"]
-_THREADS = 128  # of one program, at 16 bytes each
+_THREADS = 128  # of one program
+_WARPS = (4, 2, 1)  # or fewer where these would have more columns than there are, at 16 bytes a thread
 # At most so many times that for one program, and so many rows at once. A token whose slots are mostly on other ranks
 # has one or two rows here: several programs would each wait for its index, and for little.
 _PIECES = 7
@@ -74,13 +75,13 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
         return out
     if routing.n_slots == 0:
         return out.zero_()
-    lanes, pieces, in_flight = _share(width, rows_MH.dtype == torch.float32, routing.n_topk)
+    warps, lanes, pieces, in_flight = _share(width, rows_MH.dtype == torch.float32, routing.n_topk)
     launch(
         _sum_slots,
         routing.n_tokens * -(-width // (lanes * pieces)),
         (rows_MH.contiguous(), routing.s_reverse_scatter_idx, routing.slot_offset, scores, out),
         {"H": width, "APART": apart, "LANES": lanes, "PIECES": pieces, "IN_FLIGHT": in_flight},
-        num_warps=_THREADS // 32,
+        num_warps=warps,
         # A multiply-add rounds once where the definition rounds twice.
         enable_fp_fusion=False,
         # Left to itself the assembler saves registers and waits for one row before it asks for the next.
@@ -90,11 +91,15 @@ def sum_slots(rows_MH, routing, dtype, scores=None, out=None, first: int = 0):
 
 
 @cache
-def _share(width: int, wide: bool, n_topk: int | None) -> tuple[int, int, int]:
-    """(LANES, PIECES, IN_FLIGHT) of ``_sum_slots``."""
-    lanes = min(_THREADS * (4 if wide else 8), next_power_of_2(width))
-    in_flight = _IN_FLIGHT if n_topk is None else _even_share(n_topk, _IN_FLIGHT)
-    return lanes, _even_share(-(-width // lanes), _PIECES), in_flight
+def _share(width: int, wide: bool, n_topk: int | None) -> tuple[int, int, int, int]:
+    """(warps, LANES, PIECES, IN_FLIGHT) of ``_sum_slots``: as few lanes beyond the last column as possible."""
+    found = []
+    for warps in _WARPS:
+        lanes = min(warps * 32 * (4 if wide else 8), next_power_of_2(width))
+        pieces = _even_share(-(-width // lanes), _PIECES)
+        found.append((-width % (lanes * pieces), -warps, lanes, pieces))
+    _, warps, lanes, pieces = min(found)
+    return -warps, lanes, pieces, _IN_FLIGHT if n_topk is None else _even_share(n_topk, _IN_FLIGHT)
 
 
 def _even_share(whole: int, limit: int) -> int:

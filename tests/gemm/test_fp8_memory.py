@@ -23,15 +23,16 @@ def token_major(columns: int, rows: int):
     return torch.empty([columns, rows], dtype=E4M3), torch.empty([rows // 128, columns])
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_one_piece_of_x_at_a_time(monkeypatch, pieces):
-    """Two of them would be what decides the layer's peak."""
-    rows, hidden, width, experts = 256, 768, 256, 2
+ROWS, HIDDEN, WIDTH, EXPERTS = 2048, 768, 256, 2
+
+
+def stub_kernels(monkeypatch):
+    """(pieces by token that were made, how many others were there each time, calls of wgrad)."""
     made, alive, calls = [], [], []
 
-    def pieces_of_x(x, routing, plan, columns):
+    def piece_of(rows, routing, plan, columns):
         alive.append(sum(piece() is not None for piece in made))
-        data, scale = token_major(columns[1] - columns[0], rows)
+        data, scale = token_major(columns[1] - columns[0], ROWS)
         made.append(weakref.ref(data))
         return sm90_fp8.TokenMajor(data, scale)
 
@@ -40,14 +41,60 @@ def test_one_piece_of_x_at_a_time(monkeypatch, pieces):
     monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: 4)
-    monkeypatch.setattr(sm90_fp8, "token_major", pieces_of_x)
-    monkeypatch.setattr(sm90_fp8, "_ROOM_BYTES", rows * hidden / pieces)
+    monkeypatch.setattr(sm90_fp8, "token_major", piece_of)
+    return made, alive, calls
+
+
+def plan_and_routing():
     config = SonicMoEConfig(use_fp8=True, fp8_wgrad=True)
     plan = make_plan(config, "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
-    routing = SimpleNamespace(n_rows=rows, n_experts=experts, expert_offset=torch.zeros(experts + 1, dtype=torch.int32))
-    dz = sm90_fp8.Gradient(None, sm90_fp8.TokenMajor(*token_major(width, rows)))
-    target, everyone = torch.zeros([experts, width, hidden]), (True,) * experts
-    buffers = GradBuffers(target, None, False, everyone, everyone)
-    sm90_fp8.accumulate_dw1(dz, torch.zeros([4, hidden], dtype=torch.bfloat16), routing, plan, buffers)
+    offset = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+    return plan, SimpleNamespace(n_rows=ROWS, n_experts=EXPERTS, expert_offset=offset)
+
+
+def places(calls, target) -> list[tuple[int, int]]:
+    """(row, column) at which each call began, all of them in the first expert."""
+    return [divmod((given[3] - target.data_ptr()) // 4, target.shape[2]) for given in calls]
+
+
+@pytest.mark.parametrize("overwrite, least_room, pieces", [(True, 1.0, 3), (True, 1e9, 1), (False, 1.0, 1)])
+def test_one_piece_of_x_at_a_time(monkeypatch, overwrite, least_room, pieces):
+    """Two of them would be what decides the layer's peak. In pieces only beside gradients that are new, and only as
+    many as are worth it: dz is read for each."""
+    made, alive, calls = stub_kernels(monkeypatch)
+    monkeypatch.setattr(sm90_fp8, "_LEAST_ROOM", least_room)
+    plan, routing = plan_and_routing()
+    dz = sm90_fp8.Gradient(None, sm90_fp8.TokenMajor(*token_major(WIDTH, ROWS)))
+    target, everyone = torch.zeros([EXPERTS, WIDTH, HIDDEN]), (True,) * EXPERTS
+    buffers = GradBuffers(target, None, False, everyone, everyone, overwrite)
+    sm90_fp8.accumulate_dw1(dz, torch.zeros([4, HIDDEN], dtype=torch.bfloat16), routing, plan, buffers)
     assert len(made) == len(calls) == pieces
     assert alive == [0] * pieces
+    assert places(calls, target) == [(0, 0), (0, 256), (0, 512)][:pieces]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_piece_of_dout_at_a_time(monkeypatch, grouped, overwrite):
+    """In the room that dz and x by token had, less what a new gradient takes of it."""
+    made, alive, calls = stub_kernels(monkeypatch)
+    monkeypatch.setattr(sm90_fp8, "_LEAST_ROOM", 1.0)
+    plan, routing = plan_and_routing()
+    pa = sm90_fp8.TokenMajor(*token_major(WIDTH, ROWS))
+    target = torch.zeros([EXPERTS, WIDTH, HIDDEN] if grouped else [EXPERTS, HIDDEN, WIDTH])
+    everyone = (True,) * EXPERTS
+    buffers = GradBuffers(None, target, grouped, everyone, everyone, overwrite)
+    sm90_fp8.accumulate_dw2(pa, torch.zeros([4, HIDDEN], dtype=torch.bfloat16), routing, plan, buffers)
+    wanted = ([(0, 0), (0, 512)] if grouped else [(0, 0), (512, 0)])[: 2 if overwrite else 1]
+    assert alive == [0] * len(made)
+    assert places(calls, target) == wanted
+    assert all(given[1:3] == tuple(target.shape[1:]) for given in calls)
+    assert sum(given[0] for given in calls) == (WIDTH * len(wanted) if grouped else HIDDEN)
+
+
+def test_pieces_are_few():
+    """``columns_at_once`` of 4096 columns and 128 MiB for each byte a number."""
+    at_once = [sm90_fp8._columns_at_once(32768, 4096, 2, 384, room << 20) for room in (0, 127, 128, 255, 256, 1000)]
+    assert at_once == [1536, 1536, 2304, 2304, 4224, 4224]
+    assert sm90_fp8._columns_at_once(1 << 20, 4096, 2, 384, 0) == 1152, "at most four pieces"
+    assert sm90_fp8._columns_at_once(0, 4096, 2, 384, 0) == 4224

@@ -4,13 +4,13 @@ import dataclasses
 
 import torch
 
-from sonicmoe import SonicMoEConfig, expert_mlp
+from sonicmoe import SonicMoEConfig
 from sonicmoe.gemm import naive, sm90_fp8
 from sonicmoe.gemm.api import ExpertWeights
 from sonicmoe.gemm.plan import make_plan
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant.formats import QuantTensor
-from tests.support.gpu_problems import NAMES, Problem
+from tests.support.gpu_problems import Problem
 
 ROUTINGS = ("random", "skewed", "empty")
 FILLS = ("add", "float32", "bfloat16", "float16")
@@ -33,16 +33,6 @@ class Fp8Problem(Problem):
     def weights(self, plan):
         fp8 = quant.quantize_weights(self.w1, self.w2, plan.recipe)
         return ExpertWeights(None, None, fp8, self.sizes[3], self.sizes[4])
-
-    def run(self, cache_dir, routing=None, plan=None, grouped=False):
-        plan = plan or self.plan(cache_dir)
-        out, saved = expert_mlp.forward(self.x, routing or self.route(cache_dir), self.weights(plan), plan)
-        buffers = self.buffers(grouped)
-        grads = expert_mlp.backward(saved, self.dout)
-        grads.wgrad.accumulate_dw1(buffers)
-        grads.wgrad.accumulate_dw2(buffers)
-        dw2 = buffers.dw2.transpose(1, 2) if grouped else buffers.dw2
-        return dict(zip(NAMES, (out, grads.dx, grads.ds, buffers.dw1_EFH, dw2), strict=True))
 
 
 def values(found) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """One MoE problem on a GPU: its tensors, its runs through the engine, and float64's answer."""
 
+from dataclasses import replace
+
 import torch
 
 from sonicmoe import SonicMoEConfig, expert_mlp
@@ -59,7 +61,7 @@ class Problem:
     def route(self, cache_dir, block=1):
         return metadata.build(self.indices, self.probs, self.sizes[2], block, self.config(cache_dir), self.counts())
 
-    def weights(self):
+    def weights(self, plan=None):
         return ExpertWeights(self.w1, self.w2, None, self.sizes[3], self.sizes[4])
 
     def buffers(self, grouped=False, experts=None):
@@ -68,10 +70,10 @@ class Problem:
         dw2 = torch.zeros([e, i, h] if grouped else [e, h, i], device=self.device)
         return GradBuffers(torch.zeros_like(self.w1, dtype=torch.float32), dw2, grouped, experts, experts)
 
-    def run(self, cache_dir, routing=None, plan=None, grouped=False):
+    def run(self, cache_dir, routing=None, plan=None, grouped=False, overwrite=False):
         plan = plan or self.plan(cache_dir)
-        out, saved = expert_mlp.forward(self.x, routing or self.route(cache_dir), self.weights(), plan)
-        buffers = self.buffers(grouped)
+        out, saved = expert_mlp.forward(self.x, routing or self.route(cache_dir), self.weights(plan), plan)
+        buffers = replace(self.buffers(grouped), overwrite=overwrite)
         grads = expert_mlp.backward(saved, self.dout)
         grads.wgrad.accumulate_dw1(buffers)
         grads.wgrad.accumulate_dw2(buffers)
