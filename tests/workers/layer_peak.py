@@ -28,7 +28,8 @@ def nothing(*_, **__):
 class Kernels:
     """Of the JIT's modules: records of arguments are these themselves, and every launch does nothing."""
 
-    Problem = Tokens = Inputs = Outputs = staticmethod(lambda *given: given)
+    Inputs = Outputs = staticmethod(lambda *given: given)
+    Gemms = staticmethod(lambda *given: Kernels())
     workspace_words = staticmethod(lambda n_experts: 128 * n_experts)
 
     def __getattr__(self, name):
