@@ -33,6 +33,7 @@ class _Pair:
                 del _kept[ids]
 
         self.first, self.second = weakref.ref(first, forget), weakref.ref(second, forget)
+        self.ids = ids
         self.sets = {}  # where in them, and how: (copies, who writes them)
 
 
@@ -42,15 +43,24 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
 
     Weights of another type than the plan's are cast anew at every call, and so are their copies.
     """
-    storage = getattr(torch, plan.storage)
-    owners, cast = [w if w._base is None else w._base for w in (w1, w2)], w1.dtype != storage or w2.dtype != storage
-    w1, w2 = in_dtype(w1, storage), in_dtype(w2, storage)
-    if cast or not WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
-        return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
+    storage, base1, base2 = getattr(torch, plan.storage), w1._base, w2._base
+    owners = w1 if base1 is None else base1, w2 if base2 is None else base2
+    if w1.dtype is not storage or w2.dtype is not storage:
+        return quantize_weights(in_dtype(w1, storage), in_dtype(w2, storage), plan.recipe, plan.backend), lambda: True
     # Not where they lie: memory may move under a parameter, and that is no reason for another set.
-    key = (w1.storage_offset(), w1.shape, w2.storage_offset(), w2.shape, w1.device, w1.dtype, plan.recipe)
+    key = (
+        w1.storage_offset(), w1.shape, w1.is_contiguous(), w2.storage_offset(), w2.shape, w2.is_contiguous(),
+        w1.device, w1.dtype, plan.recipe, plan.backend,
+    )  # fmt: skip
     with _lock:
-        copies, turns = _kept_for(*owners, key)
+        pair = _pair_of(*owners)
+        kept = pair.sets.get(key)
+        if kept is None:
+            if not WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
+                return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
+            _kept[pair.ids] = pair
+            kept = pair.sets[key] = WeightCopies(plan.recipe), InTurns()
+        copies, turns = kept
         with turns.of(w1), _ordinary_tensors():
             found, turn = copies.current(w1, w2), turns.count
     # What a graph will have done between two of its parts is not known while it is captured.
@@ -59,18 +69,19 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
 
 def _ordinary_tensors():
     """What is made under inference mode may not be written in place outside it, and copies outlive the call."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _ORDINARY
 
 
-def _kept_for(owner1, owner2, key):
+_ORDINARY = nullcontext()
+
+
+def _pair_of(owner1, owner2) -> _Pair:
+    """What is kept of these two, or a new one of which nothing is kept yet."""
     ids = id(owner1), id(owner2)
     pair = _kept.get(ids)
     if pair is None or pair.first() is not owner1 or pair.second() is not owner2:
-        pair = _kept[ids] = _Pair(owner1, owner2, ids)
-    found = pair.sets.get(key)
-    if found is None:
-        found = pair.sets[key] = WeightCopies(key[-1]), InTurns()
-    return found
+        pair = _Pair(owner1, owner2, ids)
+    return pair
 
 
 def clear() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import checks, jit
-from ..launch import address, arch, beside, current_stream, multiprocessors
+from ..launch import address, arch, beside, current_stream, device_index, multiprocessors
 from ..quant import api as quant
 from ..quant import naive
 from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
@@ -66,16 +66,22 @@ def _storage(sizes, like, plan: Plan):
     return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=beside(like))
 
 
+_settled: dict[tuple, tuple] = {}  # by plan and device: (what makes launches, the part of its arguments that stays)
+
+
 def _gemms(routing, plan: Plan):
     """The launches of one plan over one routing, with all that these have in common."""
     found = routing.kept.get(plan)
     if found is None:
         like = routing.expert_offset
-        where = (like, routing.x_gather_idx, routing.s_scatter_idx, routing.scores)
-        sizes = routing.n_rows, routing.n_slots, routing.n_experts, multiprocessors(like, plan.multiprocessors)
-        clamp = float("inf") if plan.clamp is None else plan.clamp
-        module = _module(arch(like), plan.cache_dir)
-        found = module.Gemms(*map(address, where), *sizes, clamp, plan.recipe.pow2, plan.storage == "float16")
+        key = plan, device_index(like)
+        if key not in _settled:
+            clamp = float("inf") if plan.clamp is None else plan.clamp
+            stays = multiprocessors(like, plan.multiprocessors), clamp, plan.recipe.pow2, plan.storage == "float16"
+            _settled[key] = _module(arch(like), plan.cache_dir).Gemms, stays
+        make, stays = _settled[key]
+        where = address(like), address(routing.x_gather_idx), address(routing.s_scatter_idx), address(routing.scores)
+        found = make(*where, routing.n_rows, routing.n_slots, routing.n_experts, *stays)
         routing.kept[plan] = found
     return found
 
@@ -185,10 +191,9 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
 
 
 def accumulate_dw1(dz, x, routing, plan, buffers):
-    if not any(buffers.experts1):
-        return
     if not plan.fp8_wgrad:
-        sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
+        if any(buffers.experts1):
+            sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
         return
 
     def run(target):
@@ -204,32 +209,33 @@ def accumulate_dw1(dz, x, routing, plan, buffers):
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
-    if not any(buffers.experts2):
-        return
     if not plan.fp8_wgrad:
-        sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
+        if any(buffers.experts2):
+            sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
         return
-    dout_t = token_major(dout, routing, plan)
-    left, right = (pa, dout_t) if buffers.w2_grouped else (dout_t, pa)
-    deliver(
-        lambda target: _wgrad(left, right, target, routing, plan, buffers.overwrite),
-        buffers.dw2, buffers.experts2, buffers.overwrite,
-    )  # fmt: skip
+
+    def run(target):
+        dout_t = token_major(dout, routing, plan)
+        left, right = (pa, dout_t) if buffers.w2_grouped else (dout_t, pa)
+        _wgrad(left, right, target, routing, plan, buffers.overwrite)
+
+    deliver(run, buffers.dw2, buffers.experts2, buffers.overwrite)
 
 
 def token_major(rows, routing, plan, columns=None) -> TokenMajor:
     """Tokens gathered into sorted order and quantized along it, from the values that forward was given: rows [T,C],
     plain or quantized, or the ``columns`` (first, end), multiples of 128, of these."""
     rows, row_scale = _token_rows(rows, plan)
-    n_tokens, apart = checks.shape_of(rows)
+    n_tokens, apart = rows.shape
     first, end = columns or (0, apart)
+    n_rows = routing.n_rows
     if n_tokens != routing.n_tokens:
         raise ValueError(f"rows: got {n_tokens} of them, need {routing.n_tokens}, as many as the routing has tokens")
-    if (routing.n_rows | first | end) % FP8_ROW_BLOCK:
-        given = f"{routing.n_rows} in sorted order and columns {first} to {end}"
+    if (n_rows | first | end) % FP8_ROW_BLOCK:
+        given = f"{n_rows} in sorted order and columns {first} to {end}"
         raise ValueError(f"rows: got {given}, need multiples of {FP8_ROW_BLOCK}")
-    made = room_for_token_major(end - first, routing.n_rows, rows)
-    if routing.n_rows and end > first:
+    made = room_for_token_major(end - first, n_rows, rows)
+    if n_rows and end > first:
         scale = 0 if row_scale is None else address(row_scale) + first // FP8_ROW_BLOCK * 4
         kind = checks.dtype_name(rows)
         where = address(rows) + first * _ITEM_BYTES[kind], scale, kind, apart

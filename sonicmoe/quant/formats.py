@@ -49,7 +49,7 @@ def make_recipe(name: str, *, iso32: bool = False, pow2: bool = False) -> Recipe
     raise ValueError(f"fp8_recipe: got {name!r}, need 'sm90' or 'sm100'")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class QuantTensor:
     """e4m3 data with its block scales."""
 

@@ -16,33 +16,30 @@ from .formats import FP8_ROW_BLOCK, QuantTensor
 class Joined:
     """In the place of a class with ``data`` and ``scale``: these are views, made anew for each who asks."""
 
-    # The frozen class beside it has another, which would cost more than all the rest.
-    __setattr__ = object.__setattr__
-
-    def __init__(self, memory, sizes: tuple[int, int], scale_sizes: tuple[int, int]):
-        self.memory, self.shape, self.scale_shape = memory, sizes, scale_sizes
-        start = address(memory)
-        self._places = start, start + sizes[0] * sizes[1]
+    def __init__(self, memory, height: int, width: int):
+        self.memory, self.shape = memory, (height, width)
+        self.start = address(memory)
+        self.scale_start = self.start + height * width
 
     @property
     def data(self):
         height, width = self.shape
-        return self.memory[: height * width].view(torch.float8_e4m3fn).reshape([height, width])
+        return self.memory.view(torch.uint8)[: height * width].view(torch.float8_e4m3fn).reshape([height, width])
 
     @property
     def scale(self):
         height, width = self.shape
-        return self.memory[height * width :].view(torch.float32).reshape(list(self.scale_shape))
+        return self.memory.view(torch.uint8)[height * width :].view(torch.float32).reshape(self.scale_shape())
 
     def places(self) -> tuple[int, int]:
-        return self._places
+        return self.start, self.scale_start
 
     def taken_apart(self):
-        return (self.memory,), partial(_around, type(self), self.shape, self.scale_shape)
+        return (self.memory,), partial(_around, type(self), *self.shape)
 
 
-def _around(kind, sizes, scale_sizes, memory) -> Joined:
-    return kind(memory, sizes, scale_sizes)
+def _around(kind, height: int, width: int, memory) -> Joined:
+    return kind(memory, height, width)
 
 
 class JoinedRows(Joined, QuantTensor):
@@ -50,8 +47,11 @@ class JoinedRows(Joined, QuantTensor):
 
     block, shape = (1, FP8_ROW_BLOCK), None
 
+    def scale_shape(self) -> list[int]:
+        return [self.shape[0], self.shape[1] // FP8_ROW_BLOCK]
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class TokenMajor:
     """An operand of wgrad: e4m3 [C,M] with a scale for each column of C and block of 128 tokens, [M/128,C]."""
 
@@ -69,15 +69,18 @@ class TokenMajor:
 class JoinedTokenMajor(Joined, TokenMajor):
     shape = None
 
+    def scale_shape(self) -> list[int]:
+        return [self.shape[1] // FP8_ROW_BLOCK, self.shape[0]]
+
 
 def room_for_rows(n_rows: int, columns: int, like) -> JoinedRows:
-    return JoinedRows(_room(n_rows * columns, like), (n_rows, columns), (n_rows, columns // FP8_ROW_BLOCK))
+    return JoinedRows(_room(n_rows * columns, like), n_rows, columns)
 
 
 def room_for_token_major(columns: int, n_rows: int, like) -> JoinedTokenMajor:
-    return JoinedTokenMajor(_room(columns * n_rows, like), (columns, n_rows), (n_rows // FP8_ROW_BLOCK, columns))
+    return JoinedTokenMajor(_room(columns * n_rows, like), columns, n_rows)
 
 
 def _room(codes: int, like):
     # Codes come in 128s, so that their scales, 4 bytes each, begin where a multiple of 128 bytes ends.
-    return torch.empty(codes + codes // (FP8_ROW_BLOCK // 4), dtype=torch.uint8, device=beside(like))
+    return torch.empty(codes + codes // (FP8_ROW_BLOCK // 4), dtype=torch.float8_e4m3fn, device=beside(like))

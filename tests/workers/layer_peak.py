@@ -53,6 +53,7 @@ def pretend_to_be_hopper() -> None:
     replace_everywhere(launch.checks.is_cpu, lambda tensor: False)
     replace_everywhere(layer.build_ahead, nothing)
     replace_everywhere(triton_launch.launch, nothing)
+    replace_everywhere(triton_launch.launch_repeatable, lambda *_, **__: nothing)
     sm90_fp8._module = native._module = lambda target, cache_dir: Kernels()
     kernel_store.load = lambda kernels, cache_dir: [nothing] * len(kernels)
     stream = SimpleNamespace(wait_event=nothing, record_event=nothing)
