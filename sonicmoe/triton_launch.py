@@ -97,8 +97,8 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
 
     ``operands`` (tensors, integers, None) come first in the kernel's signature, then the constants, in its order.
     """
-    like = operands[0]
-    known = [id(kernel), device_index(like), *constants.values(), *options.values()]
+    like, settings = operands[0], constants.values()
+    known = [id(kernel), device_index(like), *settings, *options.values()]
     # Addresses for tensors: the launcher would ask each tensor again, and then the driver about the answer.
     plain = []
     for operand in operands:
@@ -119,12 +119,12 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
     if found is not None:
         stream = current_stream(like)
         if _hooked():
-            found.compiled[blocks, 1, 1](*operands, *constants.values(), stream=stream)
+            found.compiled[blocks, 1, 1](*operands, *settings, stream=stream)
             return found
         # What that does, without what it prepares for hooks.
         if found.start is None:
             found.look_up()
-        found.start(blocks, 1, 1, stream, *found.fixed, *plain, *constants.values())
+        found.start(blocks, 1, 1, stream, *found.fixed, *plain, *settings)
         return found
     prepare(like)
     compiled = kernel[(blocks,)](*operands, **constants, **options)
@@ -134,10 +134,10 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
     return found
 
 
-def _hooked() -> bool:
+def _hooked():
     """Whether somebody, a profiler for one, wants to hear of launches."""
     runtime = sys.modules["triton.knobs"].runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
 
 
 def _require_fit(kernel, operands: tuple, constants: dict) -> None:

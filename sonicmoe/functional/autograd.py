@@ -188,7 +188,7 @@ def _free(z_parts) -> None:
     Hooks on saved tensors may have put it into memory that it shares with others; that stays."""
     for part in z_parts:
         memory = part.untyped_storage()
-        if memory.nbytes() == part.numel() * part.element_size():
+        if memory.nbytes() == part.nbytes:
             memory.resize_(0)
 
 

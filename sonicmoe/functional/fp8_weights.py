@@ -48,10 +48,9 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
     if w1.dtype is not storage or w2.dtype is not storage:
         return quantize_weights(in_dtype(w1, storage), in_dtype(w2, storage), plan.recipe, plan.backend), lambda: True
     # Not where they lie: memory may move under a parameter, and that is no reason for another set.
-    key = (
-        w1.storage_offset(), w1.shape, w1.is_contiguous(), w2.storage_offset(), w2.shape, w2.is_contiguous(),
-        w1.device, w1.dtype, plan.recipe, plan.backend,
-    )  # fmt: skip
+    offsets = None if base1 is None and base2 is None else (w1.storage_offset(), w2.storage_offset())
+    sizes = w1.shape, w1.is_contiguous(), w2.shape, w2.is_contiguous()
+    key = (offsets, *sizes, w1.device, w1.dtype, plan.recipe, plan.backend)
     with _lock:
         pair = _pair_of(*owners)
         kept = pair.sets.get(key)

@@ -50,7 +50,7 @@ def build_ahead(plan, arch: str) -> None:
         sm90_bf16.build_wgrads_ahead(plan)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Gradient:
     """dz, for dx and for dW1: the second copy is [M,F] of the storage type where wgrad is not FP8."""
 
@@ -58,12 +58,8 @@ class Gradient:
     wgrad: Any
 
 
-def _floats(sizes, like):
-    return torch.empty(sizes, dtype=torch.float32, device=beside(like))
-
-
-def _storage(sizes, like, plan: Plan):
-    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=beside(like))
+def _storage(rows: int, columns: int, like, plan: Plan):
+    return torch.empty(rows, columns, dtype=getattr(torch, plan.storage), device=beside(like))
 
 
 _settled: dict[tuple, tuple] = {}  # by plan and device: (what makes launches, the part of its arguments that stays)
@@ -71,7 +67,7 @@ _settled: dict[tuple, tuple] = {}  # by plan and device: (what makes launches, t
 
 def _gemms(routing, plan: Plan):
     """The launches of one plan over one routing, with all that these have in common."""
-    found = routing.kept.get(plan)
+    found = routing.kept.get(id(plan))
     if found is None:
         like = routing.expert_offset
         key = plan, device_index(like)
@@ -81,9 +77,10 @@ def _gemms(routing, plan: Plan):
             _settled[key] = _module(arch(like), plan.cache_dir).Gemms, stays
         make, stays = _settled[key]
         where = address(like), address(routing.x_gather_idx), address(routing.s_scatter_idx), address(routing.scores)
-        found = make(*where, routing.n_rows, routing.n_slots, routing.n_experts, *stays)
-        routing.kept[plan] = found
-    return found
+        gemms = make(*where, routing.n_rows, routing.n_slots, routing.n_experts, *stays)
+        # By its id, which costs no call of its own; with the plan, so that no other one comes to have that id.
+        found = routing.kept[id(plan)] = gemms, plan
+    return found[0]
 
 
 def prepare_rows(x, plan):
@@ -108,7 +105,7 @@ def up_projection(x_rows, weights, routing, plan, need_a, out=None):
 def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out=None, first: int = 0):
     """[M,width]: ``rows`` by ``width`` of each expert's rows of ``weight`` [E,N,K], from ``first`` on."""
     like = routing.expert_offset
-    y = _storage([routing.n_rows, width], like, plan) if out is None else out
+    y = _storage(routing.n_rows, width, like, plan) if out is None else out
     if routing.n_rows:
         _, b_rows, depth = weight.data.shape
         operands = *rows.places(), *weight.places(), width, depth, first, b_rows
@@ -128,8 +125,8 @@ def _summed_rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, pl
     """[T,width]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
     columns at a time, in the same memory. The numbers do not depend on how many."""
     step = min(width, _columns_at_once(routing.n_rows, width, 2, _ROWS_UNIT))
-    out = _storage([routing.n_tokens, width], routing.expert_offset, plan)
-    room = _storage([routing.n_rows, step], routing.expert_offset, plan)
+    out = _storage(routing.n_tokens, width, routing.expert_offset, plan)
+    room = _storage(routing.n_rows, step, routing.expert_offset, plan)
     for first in range(0, width, step):
         columns, y = min(step, width - first), room
         if columns != step:  # the last ones, in fewer rows' room
@@ -161,12 +158,12 @@ def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, o
     """dz by row takes z's place, if no other is given. What wgrad reads is a by-product, needed or not."""
     rows = z if out is None else out[0]
     width, like, n_rows = weights.intermediate_size, routing.expert_offset, routing.n_rows
-    parts = _floats([n_rows, width // 64], like)
+    parts = torch.empty(n_rows, width // 64, dtype=torch.float32, device=beside(like))
     if plan.fp8_wgrad:
         dz, pa = room_for_token_major(2 * width, n_rows, like), room_for_token_major(width, n_rows, like)
         by_products = *dz.places(), *pa.places()
     else:
-        dz, pa = (_storage([n_rows, columns], like, plan) for columns in (2 * width, width))
+        dz, pa = (_storage(n_rows, columns, like, plan) for columns in (2 * width, width))
         by_products = address(dz), 0, address(pa), 0
     if n_rows:
         operands = *dout_rows.places(), *weights.fp8.w2_t.places(), width, weights.hidden_size

@@ -16,10 +16,9 @@ from .formats import FP8_ROW_BLOCK, QuantTensor
 class Joined:
     """In the place of a class with ``data`` and ``scale``: these are views, made anew for each who asks."""
 
-    def __init__(self, memory, height: int, width: int):
-        self.memory, self.shape = memory, (height, width)
-        self.start = address(memory)
-        self.scale_start = self.start + height * width
+    def __init__(self, height: int, width: int, memory):
+        start = memory.data_ptr() or 0  # there is none of an empty one under Paddle
+        self.memory, self.shape, self._places = memory, (height, width), (start, start + height * width)
 
     @property
     def data(self):
@@ -32,14 +31,10 @@ class Joined:
         return self.memory.view(torch.uint8)[height * width :].view(torch.float32).reshape(self.scale_shape())
 
     def places(self) -> tuple[int, int]:
-        return self.start, self.scale_start
+        return self._places
 
     def taken_apart(self):
-        return (self.memory,), partial(_around, type(self), *self.shape)
-
-
-def _around(kind, height: int, width: int, memory) -> Joined:
-    return kind(memory, height, width)
+        return (self.memory,), partial(type(self), *self.shape)
 
 
 class JoinedRows(Joined, QuantTensor):
@@ -73,14 +68,17 @@ class JoinedTokenMajor(Joined, TokenMajor):
         return [self.shape[1] // FP8_ROW_BLOCK, self.shape[0]]
 
 
+# Codes come in 128s, so that their scales, 4 bytes each, begin where a multiple of 128 bytes ends.
+_CODES_A_SCALE_BYTE = FP8_ROW_BLOCK // 4
+
+
 def room_for_rows(n_rows: int, columns: int, like) -> JoinedRows:
-    return JoinedRows(_room(n_rows * columns, like), n_rows, columns)
+    codes = n_rows * columns
+    size = codes + codes // _CODES_A_SCALE_BYTE
+    return JoinedRows(n_rows, columns, torch.empty(size, dtype=torch.float8_e4m3fn, device=beside(like)))
 
 
 def room_for_token_major(columns: int, n_rows: int, like) -> JoinedTokenMajor:
-    return JoinedTokenMajor(_room(columns * n_rows, like), columns, n_rows)
-
-
-def _room(codes: int, like):
-    # Codes come in 128s, so that their scales, 4 bytes each, begin where a multiple of 128 bytes ends.
-    return torch.empty(codes + codes // (FP8_ROW_BLOCK // 4), dtype=torch.float8_e4m3fn, device=beside(like))
+    codes = n_rows * columns
+    size = codes + codes // _CODES_A_SCALE_BYTE
+    return JoinedTokenMajor(columns, n_rows, torch.empty(size, dtype=torch.float8_e4m3fn, device=beside(like)))

@@ -36,7 +36,7 @@ class Routing:
     block: int
     backend: str  # which implementation made this
     sorted_scales: Any = None  # [M, words] the dispatch scales of each row's token, if scales were given
-    # What engines have made of this for themselves, by what they choose; a changed copy of this begins without.
+    # What engines have made of this for themselves, by keys of their own; a changed copy of this begins without.
     kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
