@@ -19,6 +19,7 @@ from .streams import InTurns, in_dtype
 _lock = threading.Lock()
 # By the ids of both weights, or of what they are views of; an id may come again when its tensor is gone.
 _kept: dict[tuple[int, int], "_Pair"] = {}
+_ORDINARY = nullcontext()
 
 
 class _Pair:
@@ -33,7 +34,6 @@ class _Pair:
                 del _kept[ids]
 
         self.first, self.second = weakref.ref(first, forget), weakref.ref(second, forget)
-        self.ids = ids
         self.sets = {}  # where in them, and how: (copies, who writes them)
 
 
@@ -52,16 +52,13 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
     sizes = w1.shape, w1.is_contiguous(), w2.shape, w2.is_contiguous()
     key = (offsets, *sizes, w1.device, w1.dtype, plan.recipe, plan.backend)
     with _lock:
-        pair = _pair_of(*owners)
-        kept = pair.sets.get(key)
-        if kept is None:
-            if not WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
-                return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
-            _kept[pair.ids] = pair
-            kept = pair.sets[key] = WeightCopies(plan.recipe), InTurns()
-        copies, turns = kept
-        with turns.of(w1), _ordinary_tensors():
-            found, turn = copies.current(w1, w2), turns.count
+        kept = _kept_for(owners, key, w1, w2, plan)
+        if kept is not None:
+            copies, turns = kept
+            with turns.of(w1), _ordinary_tensors():
+                found, turn = copies.current(w1, w2), turns.count
+    if kept is None:
+        return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
     # What a graph will have done between two of its parts is not known while it is captured.
     return found, lambda: turns.count == turn and not torch.cuda.is_current_stream_capturing()
 
@@ -71,16 +68,18 @@ def _ordinary_tensors():
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _ORDINARY
 
 
-_ORDINARY = nullcontext()
-
-
-def _pair_of(owner1, owner2) -> _Pair:
-    """What is kept of these two, or a new one of which nothing is kept yet."""
-    ids = id(owner1), id(owner2)
+def _kept_for(owners, key, w1, w2, plan):
+    """(copies, who writes them), or None where there can be none."""
+    ids = id(owners[0]), id(owners[1])
     pair = _kept.get(ids)
-    if pair is None or pair.first() is not owner1 or pair.second() is not owner2:
-        pair = _Pair(owner1, owner2, ids)
-    return pair
+    if pair is None or pair.first() is not owners[0] or pair.second() is not owners[1]:
+        pair = None
+    found = None if pair is None else pair.sets.get(key)
+    if found is None and WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
+        if pair is None:
+            pair = _kept[ids] = _Pair(*owners, ids)
+        found = pair.sets[key] = WeightCopies(plan.recipe), InTurns()
+    return found
 
 
 def clear() -> None:
