@@ -28,7 +28,8 @@ class Joined:
     @property
     def scale(self):
         height, width = self.shape
-        return self.memory.view(torch.uint8)[height * width :].view(torch.float32).reshape(self.scale_shape())
+        # Cut after the change of type: Paddle mistakes where a slice begins in a view of a type of another width.
+        return self.memory.view(torch.float32)[height * width // 4 :].reshape(self.scale_shape())
 
     def places(self) -> tuple[int, int]:
         return self._places
