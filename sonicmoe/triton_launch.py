@@ -37,6 +37,7 @@ class _Started:
 
 
 _compiled: dict[tuple, _Started] = {}
+_OFF = "begins at no multiple of 16 bytes"  # behind the dtype of such a tensor in a key of these
 
 
 def next_power_of_2(n: int) -> int:
@@ -67,13 +68,37 @@ def prepare(like) -> None:
         make_current(like)
 
 
-def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> None:
+class Again:
+    """A launch to be done again with the same operands in the same places. It keeps nothing of these alive, and does
+    not look at them: whoever has it must know that they are still there."""
+
+    def __init__(self, started: _Started, blocks: int, operands: tuple, constants: dict):
+        plain = [o if o is None or o.__class__ is int else o.data_ptr() for o in operands]
+        self.started, self.blocks, self.arguments = started, blocks, (*plain, *constants.values())
+
+    def __call__(self, stream: int) -> None:
+        started = self.started
+        if _hooked():
+            started.compiled[self.blocks, 1, 1](*self.arguments, stream=stream)
+            return
+        if started.start is None:
+            started.look_up()
+        started.start(self.blocks, 1, 1, stream, *started.fixed, *self.arguments)
+
+
+def launch_repeatable(kernel, blocks: int, operands: tuple, constants: dict, **options) -> Again | None:
+    """``launch``, and what does it again. None in Triton's interpreter."""
+    started = launch(kernel, blocks, operands, constants, **options)
+    return None if started is None else Again(started, blocks, operands, constants)
+
+
+def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> _Started | None:
     """Run ``blocks`` programs of ``kernel`` on the current stream of the first operand's device.
 
     ``operands`` (tensors, integers, None) come first in the kernel's signature, then the constants, in its order.
     """
-    like = operands[0]
-    known = [id(kernel), device_index(like), *constants.values(), *options.values()]
+    like, settings = operands[0], constants.values()
+    known = [id(kernel), device_index(like), *settings, *options.values()]
     # Addresses for tensors: the launcher would ask each tensor again, and then the driver about the answer.
     plain = []
     for operand in operands:
@@ -86,31 +111,33 @@ def launch(kernel, blocks: int, operands: tuple, constants: dict, **options) -> 
         else:
             start = operand.data_ptr()
             known.append(operand.dtype)
-            known.append(start % 16 == 0)
+            if start % 16:
+                known.append(_OFF)
             plain.append(start)
     known = tuple(known)
     found = _compiled.get(known)
     if found is not None:
         stream = current_stream(like)
         if _hooked():
-            found.compiled[blocks, 1, 1](*operands, *constants.values(), stream=stream)
-            return
+            found.compiled[blocks, 1, 1](*operands, *settings, stream=stream)
+            return found
         # What that does, without what it prepares for hooks.
         if found.start is None:
             found.look_up()
-        found.start(blocks, 1, 1, stream, *found.fixed, *plain, *constants.values())
-        return
+        found.start(blocks, 1, 1, stream, *found.fixed, *plain, *settings)
+        return found
     prepare(like)
     compiled = kernel[(blocks,)](*operands, **constants, **options)
     if compiled is not None:  # Triton's interpreter compiles nothing
         _require_fit(kernel, operands, constants)
-        _compiled[known] = _Started(compiled)
+        found = _compiled[known] = _Started(compiled)
+    return found
 
 
-def _hooked() -> bool:
+def _hooked():
     """Whether somebody, a profiler for one, wants to hear of launches."""
     runtime = sys.modules["triton.knobs"].runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
 
 
 def _require_fit(kernel, operands: tuple, constants: dict) -> None:

@@ -1,6 +1,7 @@
 """The shortcut around Triton's launcher: when it is taken, with what, and what it refuses."""
 
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,31 @@ def test_two_kernels_are_two():
     assert len(first.made) == len(second.made) == 1
 
 
+def test_a_launch_again_is_the_same_on_another_stream():
+    kernel, x, y = Kernel(), torch.zeros(8), torch.ones(8)
+    again = triton_launch.launch_repeatable(kernel, 3, (x, None, 5), {"WIDTH": 4})
+    other = triton_launch.launch_repeatable(kernel, 9, (x, y, 5), {"WIDTH": 4})
+    for stream in (7, 8):
+        again(stream)
+    other(9)
+    (first, second), (third,) = (compiled.started for compiled in kernel.made)
+    assert first == ((3, 1, 1), (x.data_ptr(), None, 5, 4), 7) and second == (*first[:2], 8)
+    assert third == ((9, 1, 1), (x.data_ptr(), y.data_ptr(), 5, 4), 9)
+    sys.modules["triton.knobs"].runtime.launch_enter_hook.calls.append(print)
+    again(7)
+    assert kernel.made[0].heard == 1 and kernel.made[0].started[-1] == first
+
+
+def test_what_launches_again_keeps_no_tensor_alive():
+    x = torch.zeros(8)
+    gone = weakref.ref(x)
+    again = triton_launch.launch_repeatable(Kernel(), 3, (x, None, 5), {"WIDTH": 4})
+    del x
+    assert again is not None and gone() is None
+
+
 def test_the_interpreter_is_asked_each_time():
+    assert triton_launch.launch_repeatable(Kernel(compiles=False), 1, (torch.zeros(8), None, 5), {"WIDTH": 4}) is None
     kernel = Kernel(compiles=False)
     for _ in range(3):
         triton_launch.launch(kernel, 1, (torch.zeros(8), None, 5), {"WIDTH": 4})

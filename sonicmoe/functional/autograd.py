@@ -103,7 +103,7 @@ class ExpertCall:
         self.routing, self.plan = routing, plan
         self.owner1 = w1 if main_grad_of("w1", w1) is not None else None
         self.owner2 = w2 if main_grad_of("w2", w2) is not None else None
-        self.fp8_weights, self.z_block = (None, lambda: False), None
+        self.fp8_weights, self.z_together = (None, lambda: False), None
         self.z_turns = iter((True,))
 
     @classmethod
@@ -114,7 +114,7 @@ class ExpertCall:
         if weights.fp8 is not None:
             call.fp8_weights = weights, still_good
         out, saved = engine_forward(x, routing, weights, plan)
-        z_parts, call.z_block = _apart(saved.z)
+        z_parts, call.z_together = _apart(saved.z)
         return out, call, z_parts
 
     def backward(self, x, w1, w2, z_parts, dout, need_dx: bool, need_ds: bool, need1, need2):
@@ -130,7 +130,7 @@ class ExpertCall:
                 _standing_main_grad(name, owner)
         # The first backward may use up z in place. Whoever comes later over a retained graph computes it anew.
         if next(self.z_turns, False):
-            z, uses_up_z = _together(z_parts, self.z_block), dx_first
+            z, uses_up_z = _together(z_parts, self.z_together), dx_first
         weights, still_good = self.fp8_weights
         if not still_good():
             weights, _ = _engine_weights(w1, w2, plan)
@@ -173,18 +173,19 @@ def _engine_weights(w1, w2, plan: Plan):
 
 
 def _apart(z):
-    """(tensors, block) of what the engine kept of z: a tensor, an FP8 tensor with its scales, or nothing."""
+    """(tensors of what the engine kept of z, what makes it of them again): a tensor, an FP8 tensor, or nothing."""
     if z is None:
         return (), None
-    return ((z.data, z.scale), z.block) if isinstance(z, QuantTensor) else ((z,), None)
+    return z.taken_apart() if isinstance(z, QuantTensor) else ((z,), _itself)
 
 
-def _together(parts, block):
+def _itself(z):
+    return z
+
+
+def _together(parts, make):
     # .data: an alias with a version counter of its own, so that writing to it is nobody's in-place change.
-    parts = [part.data for part in parts]
-    if not parts:
-        return None
-    return parts[0] if block is None else QuantTensor(*parts, block)
+    return None if make is None else make(*[part.data for part in parts])
 
 
 def _free(z_parts) -> None:
@@ -192,7 +193,7 @@ def _free(z_parts) -> None:
     Hooks on saved tensors may have put it into memory that it shares with others; that stays."""
     for part in z_parts:
         memory = part.untyped_storage()
-        if memory.nbytes() == part.numel() * part.element_size():
+        if memory.nbytes() == part.nbytes:
             memory.resize_(0)
 
 

@@ -19,6 +19,7 @@ from .streams import InTurns, in_dtype
 _lock = threading.Lock()
 # By the ids of both weights, or of what they are views of; an id may come again when its tensor is gone.
 _kept: dict[tuple[int, int], "_Pair"] = {}
+_ORDINARY = nullcontext()
 
 
 class _Pair:
@@ -42,34 +43,42 @@ def fp8_weights(w1, w2, plan) -> tuple[QuantWeights, Callable[[], bool]]:
 
     Weights of another type than the plan's are cast anew at every call, and so are their copies.
     """
-    storage = getattr(torch, plan.storage)
-    owners, cast = [w if w._base is None else w._base for w in (w1, w2)], w1.dtype != storage or w2.dtype != storage
-    w1, w2 = in_dtype(w1, storage), in_dtype(w2, storage)
-    if cast or not WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
-        return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
+    storage, base1, base2 = getattr(torch, plan.storage), w1._base, w2._base
+    owners = w1 if base1 is None else base1, w2 if base2 is None else base2
+    if w1.dtype is not storage or w2.dtype is not storage:
+        return quantize_weights(in_dtype(w1, storage), in_dtype(w2, storage), plan.recipe, plan.backend), lambda: True
     # Not where they lie: memory may move under a parameter, and that is no reason for another set.
-    key = (w1.storage_offset(), w1.shape, w2.storage_offset(), w2.shape, w1.device, w1.dtype, plan.recipe)
+    offsets = None if base1 is None and base2 is None else (w1.storage_offset(), w2.storage_offset())
+    sizes = w1.shape, w1.is_contiguous(), w2.shape, w2.is_contiguous()
+    key = (offsets, *sizes, w1.device, w1.dtype, plan.recipe, plan.backend)
     with _lock:
-        copies, turns = _kept_for(*owners, key)
-        with turns.of(w1), _ordinary_tensors():
-            found, turn = copies.current(w1, w2), turns.count
+        kept = _kept_for(owners, key, w1, w2, plan)
+        if kept is not None:
+            copies, turns = kept
+            with turns.of(w1), _ordinary_tensors():
+                found, turn = copies.current(w1, w2), turns.count
+    if kept is None:
+        return quantize_weights(w1, w2, plan.recipe, plan.backend), lambda: True
     # What a graph will have done between two of its parts is not known while it is captured.
     return found, lambda: turns.count == turn and not torch.cuda.is_current_stream_capturing()
 
 
 def _ordinary_tensors():
     """What is made under inference mode may not be written in place outside it, and copies outlive the call."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _ORDINARY
 
 
-def _kept_for(owner1, owner2, key):
-    ids = id(owner1), id(owner2)
+def _kept_for(owners, key, w1, w2, plan):
+    """(copies, who writes them), or None where there can be none."""
+    ids = id(owners[0]), id(owners[1])
     pair = _kept.get(ids)
-    if pair is None or pair.first() is not owner1 or pair.second() is not owner2:
-        pair = _kept[ids] = _Pair(owner1, owner2, ids)
-    found = pair.sets.get(key)
-    if found is None:
-        found = pair.sets[key] = WeightCopies(key[-1]), InTurns()
+    if pair is None or pair.first() is not owners[0] or pair.second() is not owners[1]:
+        pair = None
+    found = None if pair is None else pair.sets.get(key)
+    if found is None and WeightCopies.can_hold(w1, w2, plan.recipe, plan.backend):
+        if pair is None:
+            pair = _kept[ids] = _Pair(*owners, ids)
+        found = pair.sets[key] = WeightCopies(plan.recipe), InTurns()
     return found
 
 

@@ -53,27 +53,36 @@ def _on_other_stream(handle, tensor):
 
 
 class InTurns:
-    """Memory that calls on several streams write: each one's writing begins after the last one's. ``count`` tells how
-    many there were."""
+    """Memory that calls on several streams write, one call at a time: each one's writing begins after the last one's.
+    ``count`` tells how many there were."""
 
     def __init__(self):
-        self.handle = self.event = None
+        self.handle = self.stream = self.event = None  # of the last call that was not captured
         self.count = 0
+        self._here = None
 
-    @contextmanager
     def of(self, tensor):
         """Write in the block, on the current stream of the tensor's device."""
-        here, handle = torch.cuda.current_stream(tensor.device), current_stream(tensor)
+        handle = current_stream(tensor)
         # A graph that is being captured can wait for nothing outside it; whoever captures has synchronized before.
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self.handle not in (None, handle) and not capturing:
-            here.wait_event(self.event)
+        if torch.cuda.is_current_stream_capturing():
+            self._here = None
+        elif handle == self.handle:
+            self._here = handle, self.stream  # to ask torch for the object costs as much as the event
+        else:
+            self._here = handle, torch.cuda.current_stream(tensor.device)
+            if self.event is not None:
+                self._here[1].wait_event(self.event)
         self.count += 1
-        try:
-            yield
-        finally:
-            if not capturing:
-                self.handle, self.event = handle, here.record_event(self.event)
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._here is not None:
+            self.handle, self.stream = self._here
+            self.event = self.stream.record_event(self.event)
 
 
 def tensors_in(value) -> list:

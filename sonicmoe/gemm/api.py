@@ -17,7 +17,7 @@ from . import naive, sm90_bf16, sm90_fp8
 from .plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ExpertWeights:
     """Native layout. Under FP8 only ``fp8`` is read, so the plain tensors may be gone."""
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from .. import checks, jit
-from ..launch import address, arch, beside, current_stream, multiprocessors
+from ..launch import address, arch, beside, current_stream, device_index, multiprocessors
 from ..quant import api as quant
 from ..quant import naive
 from ..quant.formats import FP8_ROW_BLOCK, QuantTensor
+from ..quant.joined import TokenMajor, room_for_rows, room_for_token_major
 from . import sm90_bf16
 from .frozen import deliver
 from .plan import Plan
@@ -52,15 +53,7 @@ def build_ahead(plan, arch: str) -> None:
         sm90_bf16.build_wgrads_ahead(plan)
 
 
-@dataclass(frozen=True)
-class TokenMajor:
-    """An operand of wgrad: e4m3 [C,M] with a scale for each column of C and block of 128 tokens, [M/128,C]."""
-
-    data: Any
-    scale: Any
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Gradient:
     """dz, for dx and for dW1: the second copy is [M,F] of the storage type where wgrad is not FP8."""
 
@@ -68,43 +61,29 @@ class Gradient:
     wgrad: Any
 
 
-def _bytes(sizes, like):
-    return torch.empty(sizes, dtype=torch.float8_e4m3fn, device=beside(like))
+def _storage(rows: int, columns: int, like, plan: Plan):
+    return torch.empty(rows, columns, dtype=getattr(torch, plan.storage), device=beside(like))
 
 
-def _floats(sizes, like):
-    return torch.empty(sizes, dtype=torch.float32, device=beside(like))
+_settled: dict[tuple, tuple] = {}  # by plan and device: (what makes launches, the part of its arguments that stays)
 
 
-def _storage(sizes, like, plan: Plan):
-    return torch.empty(sizes, dtype=getattr(torch, plan.storage), device=beside(like))
-
-
-def _rows_like(n_rows: int, columns: int, like) -> QuantTensor:
-    scale = _floats([n_rows, columns // FP8_ROW_BLOCK], like)
-    return QuantTensor(_bytes([n_rows, columns], like), scale, (1, FP8_ROW_BLOCK))
-
-
-def _token_major_like(columns: int, n_rows: int, like) -> TokenMajor:
-    return TokenMajor(_bytes([columns, n_rows], like), _floats([n_rows // FP8_ROW_BLOCK, columns], like))
-
-
-def _problem(module, plan: Plan, a, b, routing, width: int, depth: int, first: int = 0):
-    """``first``: of each expert's rows of ``b``, where the problem's begin."""
-    b_data, b_scale = address(b.data) + first * depth, address(b.scale) + first * depth // FP8_ROW_BLOCK**2 * 4
-    return module.Problem(
-        address(a.data), address(a.scale), b_data, b_scale, address(routing.expert_offset),
-        routing.n_rows, routing.n_experts, width, depth, multiprocessors(a.data, plan.multiprocessors),
-    )  # fmt: skip
-
-
-def _tokens(module, routing):
-    where = (routing.x_gather_idx, routing.s_scatter_idx, routing.scores)
-    return module.Tokens(*map(address, where), routing.n_slots)
-
-
-def _clamp(plan: Plan) -> float:
-    return float("inf") if plan.clamp is None else plan.clamp
+def _gemms(routing, plan: Plan):
+    """The launches of one plan over one routing, with all that these have in common."""
+    found = routing.kept.get(id(plan))
+    if found is None:
+        like = routing.expert_offset
+        key = plan, device_index(like)
+        if key not in _settled:
+            clamp = float("inf") if plan.clamp is None else plan.clamp
+            stays = multiprocessors(like, plan.multiprocessors), clamp, plan.recipe.pow2, plan.storage == "float16"
+            _settled[key] = _module(arch(like), plan.cache_dir).Gemms, stays
+        make, stays = _settled[key]
+        where = address(like), address(routing.x_gather_idx), address(routing.s_scatter_idx), address(routing.scores)
+        gemms = make(*where, routing.n_rows, routing.n_slots, routing.n_experts, *stays)
+        # By its id, which costs no call of its own; with the plan, so that no other one comes to have that id.
+        found = routing.kept[id(plan)] = gemms, plan
+    return found[0]
 
 
 def prepare_rows(x, plan):
@@ -116,27 +95,24 @@ def prepare_rows(x, plan):
 
 
 def up_projection(x_rows, weights, routing, plan, need_a, out=None):
-    width, like = plan.width(weights.intermediate_size), x_rows.data
-    z = _rows_like(routing.n_rows, width, like)
-    a = _rows_like(routing.n_rows, weights.intermediate_size, like) if need_a else None
+    width, inner, like = plan.width(weights.intermediate_size), weights.intermediate_size, routing.expert_offset
+    z = room_for_rows(routing.n_rows, width, like)
+    a = room_for_rows(routing.n_rows, inner, like) if need_a else None
     if routing.n_rows:
-        module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, plan, x_rows, weights.fp8.w1, routing, width, weights.hidden_size)
-        found = (z.data, z.scale, a.data, a.scale) if need_a else (z.data, z.scale, None, None)
-        tokens, stream = _tokens(module, routing), current_stream(like)
-        module.up(problem, tokens, *map(address, found), _clamp(plan), plan.recipe.pow2, stream)
+        operands = *x_rows.places(), *weights.fp8.w1.places(), width, weights.hidden_size
+        found = *z.places(), *(a.places() if need_a else (0, 0))
+        _gemms(routing, plan).up(*operands, *found, current_stream(like))
     return z, a
 
 
 def _rows(rows: QuantTensor, weight: QuantTensor, width: int, routing, plan, out=None, first: int = 0):
     """[M,width]: ``rows`` by ``width`` of each expert's rows of ``weight`` [E,N,K], from ``first`` on."""
-    like, depth = rows.data, int(rows.data.shape[1])
-    y = _storage([routing.n_rows, width], like, plan) if out is None else out
+    like = routing.expert_offset
+    y = _storage(routing.n_rows, width, like, plan) if out is None else out
     if routing.n_rows:
-        module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, plan, rows, weight, routing, width, depth, first)
-        half, stream = plan.storage == "float16", current_stream(like)
-        module.rows(problem, int(weight.data.shape[1]), address(y), half, stream)
+        _, b_rows, depth = weight.data.shape
+        operands = *rows.places(), *weight.places(), width, depth, first, b_rows
+        _gemms(routing, plan).rows(*operands, address(y), current_stream(like))
     return y
 
 
@@ -151,10 +127,10 @@ def up_projection_backward(dz, weights, routing, plan, out=None):
 def _summed_rows(rows: QuantTensor, weight: QuantTensor, room: int, routing, plan, scores=None):
     """[T,H]. By slot it would be the largest tensor of all, and sums over slots know no columns: so it is made some
     columns at a time, in the same memory. The numbers do not depend on how many."""
-    width = int(weight.data.shape[1])
+    width = weight.data.shape[1]
     step = min(width, _columns_at_once(routing.n_rows, width, 2, _ROWS_UNIT, room))
-    out = _storage([routing.n_tokens, width], rows.data, plan)
-    memory = _storage([routing.n_rows, step], rows.data, plan)
+    out = _storage(routing.n_tokens, width, routing.expert_offset, plan)
+    memory = _storage(routing.n_rows, step, routing.expert_offset, plan)
     for first in range(0, width, step):
         columns, y = min(step, width - first), memory
         if columns != step:  # the last ones, in fewer rows' room
@@ -190,21 +166,18 @@ def after_dx(dz):
 def down_projection_backward(dout_rows, z, weights, routing, plan, need_wgrad, out=None):
     """dz by row takes z's place, if no other is given. What wgrad reads is a by-product, needed or not."""
     rows = z if out is None else out[0]
-    width, like, n_rows = weights.intermediate_size, z.data, routing.n_rows
-    parts = _floats([n_rows, width // 64], like)
+    width, like, n_rows = weights.intermediate_size, routing.expert_offset, routing.n_rows
+    parts = torch.empty(n_rows, width // 64, dtype=torch.float32, device=beside(like))
     if plan.fp8_wgrad:
-        dz, pa = _token_major_like(2 * width, n_rows, like), _token_major_like(width, n_rows, like)
-        operands = (dz.data, dz.scale, pa.data, pa.scale)
+        dz, pa = room_for_token_major(2 * width, n_rows, like), room_for_token_major(width, n_rows, like)
+        by_products = *dz.places(), *pa.places()
     else:
-        dz, pa = (_storage([n_rows, columns], like, plan) for columns in (2 * width, width))
-        operands = (dz, None, pa, None)
+        dz, pa = (_storage(n_rows, columns, like, plan) for columns in (2 * width, width))
+        by_products = address(dz), 0, address(pa), 0
     if n_rows:
-        module = _module(arch(like), plan.cache_dir)
-        problem = _problem(module, plan, dout_rows, weights.fp8.w2_t, routing, width, weights.hidden_size)
-        found = map(address, (z.data, z.scale, rows.data, rows.scale, *operands, parts))
-        half = plan.storage == "float16"
-        tokens, stream = _tokens(module, routing), current_stream(like)
-        module.down_backward(problem, tokens, *found, _clamp(plan), plan.recipe.pow2, half, stream)
+        operands = *dout_rows.places(), *weights.fp8.w2_t.places(), width, weights.hidden_size
+        found = *z.places(), *rows.places(), *by_products, address(parts)
+        _gemms(routing, plan).down_backward(*operands, *found, current_stream(like))
     return Gradient(rows, dz), pa if need_wgrad else None, parts
 
 
@@ -219,20 +192,16 @@ def _wgrad(left: TokenMajor, right: TokenMajor, target, routing, plan, overwrite
     if kind != "float32" and not overwrite:
         raise TypeError(f"weight gradient: got a {kind} tensor to add to, need float32")
     checks.require_aligned("weight gradient", target)
-    module = _module(arch(target), plan.cache_dir)
-    height, width = int(left.data.shape[0]), int(right.data.shape[0])
-    problem = _problem(module, plan, left, right, routing, width, 0)
-    wide, half = kind == "float32", kind == "float16"
-    _, rows, columns = checks.shape_of(target)
-    place = rows, columns, address(target) + (at[0] * columns + at[1]) * _ITEM_BYTES[kind]
-    module.wgrad(problem, height, *place, wide, half, not overwrite, current_stream(target))
+    operands = *left.places(), *right.places(), left.shape[0], right.shape[0]
+    _, rows, columns = target.shape
+    place = address(target) + (at[0] * columns + at[1]) * _ITEM_BYTES[kind], rows, columns, kind
+    _gemms(routing, plan).wgrad(*operands, *place, not overwrite, current_stream(target))
 
 
 def accumulate_dw1(dz, x, routing, plan, buffers):
-    if not any(buffers.experts1):
-        return
     if not plan.fp8_wgrad:
-        sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
+        if any(buffers.experts1):
+            sm90_bf16.accumulate_dw1(dz.wgrad, x, _pads_among_their_own(routing), plan, buffers)
         return
 
     def run(target):
@@ -254,10 +223,9 @@ def _spans(n_rows: int, width: int, room: int | None) -> list[tuple[int, int]]:
 
 
 def accumulate_dw2(pa, dout, routing, plan, buffers):
-    if not any(buffers.experts2):
-        return
     if not plan.fp8_wgrad:
-        sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
+        if any(buffers.experts2):
+            sm90_bf16.accumulate_dw2(pa, dout, _pads_among_their_own(routing), plan, buffers)
         return
 
     def run(target):
@@ -282,21 +250,20 @@ def token_major(rows, routing, plan, columns=None) -> TokenMajor:
     """Tokens gathered into sorted order and quantized along it, from the values that forward was given: rows [T,C],
     plain or quantized, or the ``columns`` (first, end), multiples of 128, of these."""
     rows, row_scale = _token_rows(rows, plan)
-    n_tokens, apart = checks.shape_of(rows)
+    n_tokens, apart = rows.shape
     first, end = columns or (0, apart)
+    n_rows = routing.n_rows
     if n_tokens != routing.n_tokens:
         raise ValueError(f"rows: got {n_tokens} of them, need {routing.n_tokens}, as many as the routing has tokens")
-    if any(size % FP8_ROW_BLOCK for size in (routing.n_rows, first, end)):
-        given = f"{routing.n_rows} in sorted order and columns {first} to {end}"
+    if (n_rows | first | end) % FP8_ROW_BLOCK:
+        given = f"{n_rows} in sorted order and columns {first} to {end}"
         raise ValueError(f"rows: got {given}, need multiples of {FP8_ROW_BLOCK}")
-    made = _token_major_like(end - first, routing.n_rows, rows)
-    if routing.n_rows and end > first:
-        module = _module(arch(rows), plan.cache_dir)
+    made = room_for_token_major(end - first, n_rows, rows)
+    if n_rows and end > first:
         scale = 0 if row_scale is None else address(row_scale) + first // FP8_ROW_BLOCK * 4
         kind = checks.dtype_name(rows)
         where = address(rows) + first * _ITEM_BYTES[kind], scale, kind, apart
-        to = routing.n_rows, address(made.data), address(made.scale), end - first, plan.recipe.pow2
-        module.tokens(*where, _tokens(module, routing), *to, current_stream(rows))
+        _gemms(routing, plan).tokens(*where, *made.places(), end - first, current_stream(rows))
     return made
 
 

@@ -4,7 +4,7 @@ everywhere else. Both give the same bytes."""
 from importlib.util import find_spec
 
 from .. import checks
-from ..launch import arch
+from ..launch import arch, current_stream
 from . import naive
 from .formats import QuantTensor, QuantWeights, Recipe, make_recipe
 
@@ -20,7 +20,7 @@ def _compiled(tensor, recipe: Recipe, backend: str):
     """The kernels, or None for the definition. Other architectures have other casts, or none to e4m3."""
     if triton_quantize is None or backend == "naive" or recipe.name != "sm90" or checks.is_cpu(tensor):
         return None
-    return triton_quantize if arch(tensor).startswith("sm_90") else None
+    return triton_quantize if arch(tensor)[:5] == "sm_90" else None
 
 
 def quantize_rows(x_TC, recipe: Recipe, backend: str = "auto") -> QuantTensor:
@@ -29,7 +29,7 @@ def quantize_rows(x_TC, recipe: Recipe, backend: str = "auto") -> QuantTensor:
     compiled = _compiled(x_TC, recipe, backend)
     if compiled is None:
         return naive.quantize_rows(x_TC, recipe)
-    return QuantTensor(*compiled.quantize_rows(x_TC, recipe.pow2), recipe.row_block)
+    return compiled.quantize_rows(x_TC, recipe.pow2)
 
 
 def dequantize_rows(rows: QuantTensor, dtype):
@@ -73,17 +73,30 @@ class WeightCopies:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._memory = self._table = self._made = self._copies = None
+        self._facts, self._again = None, ()
         self._unfinished = False
 
     @staticmethod
     def can_hold(w1_EFH, w2_EHI, recipe: Recipe, backend: str) -> bool:
-        if _compiled(w1_EFH, recipe, backend) is None:
+        if not (w1_EFH.is_contiguous() and w2_EHI.is_contiguous()) or _compiled(w1_EFH, recipe, backend) is None:
             return False
-        return all(w.is_contiguous() and checks.dtype_name(w) != "float32" for w in (w1_EFH, w2_EHI))
+        return "float32" not in (checks.dtype_name(w1_EFH), checks.dtype_name(w2_EHI))
 
     def current(self, w1_EFH, w2_EHI) -> QuantWeights:
         """This moment's weights, the same tensors' at each call, on the current stream."""
         weights = (w1_EFH, w2_EHI)
+        # Whatever a launch was made for; the device goes with the address.
+        facts = (
+            w1_EFH.data_ptr(), w1_EFH.shape, w1_EFH.dtype, w1_EFH.is_contiguous(),
+            w2_EHI.data_ptr(), w2_EHI.shape, w2_EHI.dtype, w2_EHI.is_contiguous(),
+        )  # fmt: skip
+        if self._again and facts == self._facts and not self._unfinished:
+            self._unfinished = True
+            stream = current_stream(w1_EFH)
+            for again in self._again:
+                again(stream)
+            self._unfinished = False
+            return self._copies
         if self._memory is None:
             self._memory = triton_fingerprint.make_memory(weights)
         elif self._unfinished:
@@ -92,8 +105,11 @@ class WeightCopies:
         self._unfinished = True
         found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
         self._table = found.table
-        self._made = triton_quantize.quantize_weights(weights, self.recipe.pow2, self._made, found.changed)
+        self._made, copied = triton_quantize.quantize_weights_repeatable(
+            weights, self.recipe.pow2, self._made, found.changed
+        )
         self._unfinished = False
+        self._facts, self._again = facts, (found.again, copied) if found.again and copied else ()
         if self._copies is None:  # later calls write the same memory
             self._copies = _together(*self._made, self.recipe)
         return self._copies

@@ -6,6 +6,7 @@ framework that we run under has a dtype for them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 E4M3_MAX = 448.0
@@ -48,7 +49,7 @@ def make_recipe(name: str, *, iso32: bool = False, pow2: bool = False) -> Recipe
     raise ValueError(f"fp8_recipe: got {name!r}, need 'sm90' or 'sm100'")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class QuantTensor:
     """e4m3 data with its block scales."""
 
@@ -64,6 +65,18 @@ class QuantTensor:
         """Whether a row-quantized tensor can be an operand of this recipe as it is."""
         ue8m0 = str(self.scale.dtype).endswith("uint8")
         return self.block == recipe.row_block and ue8m0 == recipe.ue8m0
+
+    def places(self) -> tuple[int, int]:
+        """Where the codes and the scales begin."""
+        return self.data.data_ptr() or 0, self.scale.data_ptr() or 0
+
+    def taken_apart(self):
+        """(tensors, what makes this of them again). The second holds none of them."""
+        return (self.data, self.scale), partial(_of_parts, self.block)
+
+
+def _of_parts(block, data, scale) -> QuantTensor:
+    return QuantTensor(data, scale, block)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launch import address, beside
-from ..triton_launch import launch
+from ..triton_launch import launch_repeatable
 
 _ITEM_SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.uint8: 1}
 _LANES_WORDS = 256  # 16 bytes for each of 128 threads
@@ -179,6 +179,7 @@ class Fingerprint(NamedTuple):
     changed: Any  # [n] int32, on the device: 1 where the bytes differ from those of ``previous``
     state: Any  # [n, 2] int64, on the device: to be handed to the next call
     table: Table  # likewise; made anew whenever a tensor has moved
+    again: Any  # triton_launch.Again, for a call with memory about tensors that lie where they lay
 
 
 class Memory(NamedTuple):
@@ -219,5 +220,5 @@ def fingerprint(
     state, changed, parts, arrived = memory
     previous = state if previous is None else previous
     operands = (table.rows, parts, arrived, previous, state, changed, len(table.places))
-    launch(_hash_parts, table.n_parts, operands, {}, num_warps=4)
-    return Fingerprint(changed, state, table)
+    again = launch_repeatable(_hash_parts, table.n_parts, operands, {}, num_warps=4)
+    return Fingerprint(changed, state, table, again)

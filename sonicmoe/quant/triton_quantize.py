@@ -16,8 +16,9 @@ import triton.language as tl
 
 from .. import checks
 from ..launch import beside
-from ..triton_launch import launch
+from ..triton_launch import launch, launch_repeatable
 from .formats import E4M3_MAX
+from .joined import JoinedRows, room_for_rows
 
 _GROUP = 128  # numbers that share a scale, along each dimension that a scale covers
 _WEIGHT_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: as many as there is room for
@@ -78,30 +79,41 @@ def _magnitude(values):
 
 
 @triton.jit(do_not_specialize=["n_groups"])
-def _quantize_rows(x, data, scale, n_groups, POW2: tl.constexpr, GROUPS: tl.constexpr):
-    """GROUPS groups of 128 consecutive numbers; rows are whole groups, so no width is known here."""
+def _quantize_rows(x, joined, n_groups, POW2: tl.constexpr, GROUPS: tl.constexpr):
+    """GROUPS groups of 128 consecutive numbers; rows are whole groups, so no width is known here. ``joined`` takes all
+    codes, and behind them all scales."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     exists = group < n_groups
     at = group[:, None] * _G + tl.arange(0, _G)[None, :]
     value = _numbers(_wide(tl.load(x + at, mask=exists[:, None], other=0.0)))
     scale_of = _scale_of(tl.max(tl.abs(value), axis=1), POW2)
+    scale = (joined + n_groups.to(tl.int64) * _G).to(tl.pointer_type(tl.float32), bitcast=True)
     tl.store(scale + group, scale_of, mask=exists)
     codes = (value * tl.div_rn(1.0, scale_of)[:, None]).to(tl.float8e4nv)
-    tl.store(data + at, codes, mask=exists[:, None])
+    tl.store(joined + at, codes, mask=exists[:, None])
 
 
-def quantize_rows(x_TC, pow2: bool = False):
-    """(data [T,C] e4m3, scale [T,C/128] float32) of bf16, fp16 or fp32 rows."""
-    _check("x", x_TC, 2, "[T, C]")
-    n_rows, width = checks.shape_of(x_TC)
-    data = torch.empty([n_rows, width], dtype=torch.float8_e4m3fn, device=beside(x_TC))
-    scale = torch.empty([n_rows, width // _GROUP], dtype=torch.float32, device=beside(x_TC))
+def quantize_rows(x_TC, pow2: bool = False) -> JoinedRows:
+    """data [T,C] e4m3 and scale [T,C/128] float32 of bf16, fp16 or fp32 rows."""
+    sizes = x_TC.shape
+    if len(sizes) != 2 or sizes[1] % _GROUP:
+        _check("x", x_TC, 2, "[T, C]")
+    groups, constants = _groups_of_rows(x_TC.dtype, pow2)
+    n_rows, width = sizes
+    rows = room_for_rows(n_rows, width, x_TC)
     n_groups = n_rows * (width // _GROUP)
     if n_groups:
-        groups = _ROWS_BYTES // (_GROUP * (4 if x_TC.dtype == torch.float32 else 2))
-        operands = (x_TC.contiguous(), data, scale, n_groups)
-        launch(_quantize_rows, -(-n_groups // groups), operands, {"POW2": pow2, "GROUPS": groups}, num_warps=4)
-    return data, scale
+        operands = (x_TC.contiguous(), rows.memory, n_groups)
+        launch(_quantize_rows, -(-n_groups // groups), operands, constants, num_warps=4)
+    return rows
+
+
+@cache
+def _groups_of_rows(dtype, pow2: bool):
+    """(groups that a program takes, the kernel's constants)."""
+    checks.require_dtype("x", checks.Facts(None, dtype, None, True), checks.FLOAT_DTYPES)
+    groups = _ROWS_BYTES // (_GROUP * (4 if dtype == torch.float32 else 2))
+    return groups, {"POW2": pow2, "GROUPS": groups}
 
 
 @triton.jit(do_not_specialize=["n_groups"])
@@ -203,6 +215,13 @@ def quantize_weights(weights, pow2: bool = False, into=None, changed=None):
     ``into`` is what an earlier call gave, to be written again; with ``changed``, int32 on the device, as many for each
     weight, one for all experts or for each share of them, only where that is not 0.
     """
+    return quantize_weights_repeatable(weights, pow2, into, changed)[0]
+
+
+def quantize_weights_repeatable(weights, pow2: bool, into=None, changed=None):
+    """(what ``quantize_weights`` gives, what writes it again while contiguous weights lie where they lie:
+    ``triton_launch.Again``, or None)."""
+    again = None
     if into is None:
         for weight in weights:
             _check("w", weight, 3, "[E, R, C]")
@@ -214,8 +233,9 @@ def quantize_weights(weights, pow2: bool = False, into=None, changed=None):
         for weight, made in zip(weights, into, strict=True):
             operands += (weight.contiguous(), *made)
         operands += [None] * (10 - len(operands)) + [changed, n_first, n_blocks]
-        launch(_quantize_weights, min(_WEIGHT_PROGRAMS, n_blocks), tuple(operands), constants, num_warps=8)
-    return into
+        n_programs = min(_WEIGHT_PROGRAMS, n_blocks)
+        again = launch_repeatable(_quantize_weights, n_programs, tuple(operands), constants, num_warps=8)
+    return into, again
 
 
 @cache

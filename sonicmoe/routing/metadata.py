@@ -5,7 +5,7 @@ T tokens, K slots a token, E experts. A slot (t,k) is *valid* when 0 <= idx[t,k]
 expert's segment filled to a multiple of ``block`` by pad rows: M rows in all. Pad rows gather row 0 and score 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import SonicMoEConfig
@@ -36,6 +36,8 @@ class Routing:
     block: int
     backend: str  # which implementation made this
     sorted_scales: Any = None  # [M, words] the dispatch scales of each row's token, if scales were given
+    # What engines have made of this for themselves, by keys of their own; a changed copy of this begins without.
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def n_pad_rows(self) -> int:

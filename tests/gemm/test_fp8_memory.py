@@ -36,11 +36,9 @@ def stub_kernels(monkeypatch):
         made.append(weakref.ref(data))
         return sm90_fp8.TokenMajor(data, scale)
 
-    kernels = SimpleNamespace(Problem=lambda *given: given, wgrad=lambda problem, *given: calls.append(given))
-    monkeypatch.setattr(sm90_fp8, "_module", lambda target, cache_dir: kernels)
-    monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
+    kernels = SimpleNamespace(wgrad=lambda *given: calls.append(given))
+    monkeypatch.setattr(sm90_fp8, "_gemms", lambda routing, plan: kernels)
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
-    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: 4)
     monkeypatch.setattr(sm90_fp8, "token_major", piece_of)
     return made, alive, calls
 
@@ -48,13 +46,12 @@ def stub_kernels(monkeypatch):
 def plan_and_routing():
     config = SonicMoEConfig(use_fp8=True, fp8_wgrad=True)
     plan = make_plan(config, "swiglu", storage="bfloat16", device="cuda", arch="sm_90a")
-    offset = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    return plan, SimpleNamespace(n_rows=ROWS, n_experts=EXPERTS, expert_offset=offset)
+    return plan, SimpleNamespace(n_rows=ROWS, n_experts=EXPERTS)
 
 
 def places(calls, target) -> list[tuple[int, int]]:
     """(row, column) at which each call began, all of them in the first expert."""
-    return [divmod((given[3] - target.data_ptr()) // 4, target.shape[2]) for given in calls]
+    return [divmod((given[6] - target.data_ptr()) // 4, target.shape[2]) for given in calls]
 
 
 @pytest.mark.parametrize("overwrite, least_room, pieces", [(True, 1.0, 3), (True, 1e9, 1), (False, 1.0, 1)])
@@ -88,8 +85,8 @@ def test_one_piece_of_dout_at_a_time(monkeypatch, grouped, overwrite):
     wanted = ([(0, 0), (0, 512)] if grouped else [(0, 0), (512, 0)])[: 2 if overwrite else 1]
     assert alive == [0] * len(made)
     assert places(calls, target) == wanted
-    assert all(given[1:3] == tuple(target.shape[1:]) for given in calls)
-    assert sum(given[0] for given in calls) == (WIDTH * len(wanted) if grouped else HIDDEN)
+    assert all(given[7:9] == tuple(target.shape[1:]) for given in calls)
+    assert sum(given[4] for given in calls) == (WIDTH * len(wanted) if grouped else HIDDEN)
 
 
 def test_pieces_are_few():

@@ -84,9 +84,9 @@ def test_quantizers_past_two_billion_elements(cache_dir):
     width, n_tokens = 4096, 2**19 + 128
     x = torch.empty(n_tokens, width, dtype=torch.bfloat16, device=GPU)
     x.copy_(torch.arange(n_tokens, device=GPU).remainder(251).reshape(-1, 1)).add_(torch.arange(width, device=GPU))
-    data, scale = triton_quantize.quantize_rows(x)
+    rows = triton_quantize.quantize_rows(x)
     wanted = quant.quantize(x[-200:], (1, 128))
-    assert quantizers.differences("rows", (data[-200:], scale[-200:]), (wanted.data, wanted.scale)) == []
+    assert quantizers.differences("rows", (rows.data[-200:], rows.scale[-200:]), (wanted.data, wanted.scale)) == []
     ((data, scale, data_t, scale_t),) = triton_quantize.quantize_weights([x[None]])
     wanted = quant.quantize(x[None, -256:], (128, 128))
     turned = quant.transposed(wanted)

@@ -9,6 +9,7 @@ from sonicmoe.ernie_compat.quantizers import quantize_activation_blockscaled_fas
 from sonicmoe.gemm import naive as gemm
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant.formats import QuantTensor, make_recipe
+from sonicmoe.quant.joined import JoinedRows, room_for_rows, room_for_token_major
 from tests.support import fp8_model as model
 from tests.support.paddle_runs import array
 
@@ -301,3 +302,19 @@ def test_fp32_carrier():
     assert payload.block == (1, 128)
     expected = model.decode(codes_of(data)) * scale.repeat(128, axis=1)
     np.testing.assert_array_equal(array(quant.dequantize(payload)), expected.astype(np.float32))
+
+
+def test_codes_and_scales_in_one_allocation():
+    """``test_joined.py`` under Paddle, whose views are others."""
+    codes = np.random.default_rng(0).integers(0, 256, 4 * 256 + 4 * 256 // 32, dtype=np.uint8)
+    rows = JoinedRows(4, 256, from_codes(codes))
+    assert rows.data.shape == [4, 256] and rows.scale.shape == [4, 2] and rows.data.dtype == paddle.float8_e4m3fn
+    assert (codes_of(rows.data).reshape(-1) == codes[:1024]).all()
+    assert (rows.scale.numpy().reshape(-1).view(np.uint8) == codes[1024:]).all()
+    (memory,), together = rows.taken_apart()
+    assert (codes_of(together(memory).data) == codes_of(rows.data)).all()
+    beside = paddle.zeros([1])
+    for made, scales in ((room_for_rows(4, 256, beside), [4, 2]), (room_for_token_major(256, 128, beside), [1, 256])):
+        assert made.scale.shape == scales and made.scale.dtype == paddle.float32
+        assert made.places()[1] - made.places()[0] == made.data.shape[0] * made.data.shape[1]
+    assert room_for_rows(0, 256, beside).places() == (0, 0)

@@ -55,6 +55,7 @@ class Combine:
 def install(monkeypatch, module, clusters: int) -> None:
     """From here on the FP8 stages run on CPU tensors, as on a GPU of so many pairs of multiprocessors."""
     monkeypatch.setattr(sm90_fp8, "_module", lambda target, cache_dir: module)
+    monkeypatch.setattr(sm90_fp8, "_settled", {})
     monkeypatch.setattr(sm90_fp8, "arch", lambda tensor: "sm_90a")
     monkeypatch.setattr(sm90_fp8, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda tensor, most=None: min(2 * clusters, most or 2 * clusters))

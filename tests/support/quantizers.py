@@ -95,7 +95,7 @@ def check_quantize_rows(device, shapes=ROWS, kinds=KINDS):
         apart = x.repeat(1, 2)[:, : shape[1]]
         for place, given in (("here", x), ("at any address", at_any_address(x)), ("apart", apart)):
             made = triton_quantize.quantize_rows(given, pow2)
-            found += differences(f"{about} {place}", made, (wanted.data, wanted.scale))
+            found += differences(f"{about} {place}", (made.data, made.scale), (wanted.data, wanted.scale))
     return found
 
 
@@ -240,7 +240,7 @@ def check_weight_copies(device):
     for cut in (copies, api.WeightCopies(recipe)):
         copies = cut
         w2.add_(1.0)
-        cut_off = mock.patch.object(triton_quantize, "quantize_weights", side_effect=MemoryError)
+        cut_off = mock.patch.object(triton_quantize, "quantize_weights_repeatable", side_effect=MemoryError)
         with cut_off, contextlib.suppress(MemoryError):
             copies.current(w1, w2)
         require("after a call that failed")

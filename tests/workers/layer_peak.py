@@ -28,7 +28,8 @@ def nothing(*_, **__):
 class Kernels:
     """Of the JIT's modules: records of arguments are these themselves, and every launch does nothing."""
 
-    Problem = Tokens = Inputs = Outputs = staticmethod(lambda *given: given)
+    Inputs = Outputs = staticmethod(lambda *given: given)
+    Gemms = staticmethod(lambda *given: Kernels())
     workspace_words = staticmethod(lambda n_experts: 128 * n_experts)
 
     def __getattr__(self, name):
@@ -52,6 +53,7 @@ def pretend_to_be_hopper() -> None:
     replace_everywhere(launch.checks.is_cpu, lambda tensor: False)
     replace_everywhere(layer.build_ahead, nothing)
     replace_everywhere(triton_launch.launch, nothing)
+    replace_everywhere(triton_launch.launch_repeatable, lambda *_, **__: nothing)
     sm90_fp8._module = native._module = lambda target, cache_dir: Kernels()
     kernel_store.load = lambda kernels, cache_dir: [nothing] * len(kernels)
     stream = SimpleNamespace(wait_event=nothing, record_event=nothing)

@@ -133,8 +133,8 @@ def call_everything(torch, n_tokens, draw):
     triton_router_weight.gradient(logits, x, torch.bfloat16)
     router = torch.zeros([32, 3072], dtype=torch.bfloat16)
     triton_router_product.add_product(x, triton_router_product.logits(x, router), router)
-    data, scale = triton_quantize.quantize_rows(x)
-    triton_quantize.dequantize_rows(data, scale, torch.bfloat16)
+    quantized = triton_quantize.quantize_rows(x)
+    triton_quantize.dequantize_rows(quantized.data, quantized.scale, torch.bfloat16)
     weights = [torch.zeros([2, *size], dtype=torch.bfloat16) for size in ((256, 3072), (3072, 128))]
     flags = torch.zeros([8], dtype=torch.int32)[draw.randint(0, 5) :][:2]
     triton_quantize.quantize_weights(weights, False, None, flags)
