@@ -14,7 +14,7 @@ if torch:
     from sonicmoe.gemm import naive, sm90_fp8
     from sonicmoe.quant import naive as quant
     from tests.support import fp8_emulator, token_major
-    from tests.support.fp8_stages import Fp8Problem, Stages, distance, values
+    from tests.support.fp8_stages import Fp8Problem, Stages, distance, require_same_in_pieces, values
     from tests.support.gpu_problems import NAMES, errors
 
     CPU = torch.device("cpu")
@@ -161,17 +161,8 @@ def test_the_engine_beside_the_naive_one(module, monkeypatch, cache_dir, setting
 
 
 def test_some_columns_at_a_time_are_the_same_bits(module, monkeypatch, cache_dir):
-    """Rows by slot that are made in pieces, the last one smaller, from another place in each expert's weights, and
-    weight gradients likewise: some columns of dW1, some rows of dW2 or, lying the other way, columns."""
     fp8_emulator.install(monkeypatch, module, clusters=2)
-    problem = Fp8Problem(t=70, k=2, e=3, h=640, i=128, device=CPU)
-    routing = problem.route(cache_dir)
-    whole = [problem.run(cache_dir, routing, grouped=grouped, overwrite=True) for grouped in (False, True)]
-    monkeypatch.setattr(sm90_fp8, "_columns_at_once", lambda n_rows, width, item, unit, room: unit)
-    assert sm90_fp8._spans(routing.n_rows, 640, 1) == [(0, 256), (256, 512), (512, 640)]
-    for grouped in (False, True):
-        pieces = problem.run(cache_dir, routing, grouped=grouped, overwrite=True)
-        assert all(torch.equal(pieces[name], whole[grouped][name]) for name in NAMES), grouped
+    require_same_in_pieces(monkeypatch, Fp8Problem(t=70, k=2, e=3, h=640, i=128, device=CPU), cache_dir)
 
 
 def test_nan_and_inf_stay_where_they_are(module, monkeypatch, cache_dir):

@@ -10,7 +10,7 @@ import torch
 from sonicmoe import expert_mlp
 from sonicmoe.gemm.api import GradBuffers
 from tests.support import floors
-from tests.support.fp8_stages import FILLS, ROUTINGS, Fp8Problem, Stages, distance
+from tests.support.fp8_stages import FILLS, ROUTINGS, Fp8Problem, Stages, distance, require_same_in_pieces
 from tests.support.gpu_problems import NAMES, require_floors, require_same_bits
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +121,10 @@ def test_same_bits_again(cache_dir):
     first = problem.run(cache_dir, routing)
     for _ in range(20):
         require_same_bits(problem.run(cache_dir, routing), first)
+
+
+def test_some_columns_at_a_time_are_the_same_bits(monkeypatch, cache_dir):
+    require_same_in_pieces(monkeypatch, Fp8Problem(t=500, k=4, e=6, h=640, i=384, routing="empty"), cache_dir)
 
 
 def test_nothing_routed_here(cache_dir):

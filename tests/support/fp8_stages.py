@@ -10,7 +10,7 @@ from sonicmoe.gemm.api import ExpertWeights
 from sonicmoe.gemm.plan import make_plan
 from sonicmoe.quant import naive as quant
 from sonicmoe.quant.formats import QuantTensor
-from tests.support.gpu_problems import Problem
+from tests.support.gpu_problems import Problem, require_same_bits
 
 ROUTINGS = ("random", "skewed", "empty")
 FILLS = ("add", "float32", "bfloat16", "float16")
@@ -33,6 +33,18 @@ class Fp8Problem(Problem):
     def weights(self, plan):
         fp8 = quant.quantize_weights(self.w1, self.w2, plan.recipe)
         return ExpertWeights(None, None, fp8, self.sizes[3], self.sizes[4])
+
+
+def require_same_in_pieces(monkeypatch, problem: Fp8Problem, cache_dir) -> None:
+    """The same bits of a problem of 640 columns where rows by slot are made in pieces, the last one smaller, from
+    another place in each expert's weights, and weight gradients likewise: some columns of dW1, some rows of dW2 or, if
+    that lies the other way, columns."""
+    routing = problem.route(cache_dir)
+    whole = [problem.run(cache_dir, routing, grouped=grouped, overwrite=True) for grouped in (False, True)]
+    monkeypatch.setattr(sm90_fp8, "_columns_at_once", lambda n_rows, width, item, unit, room: unit)
+    assert sm90_fp8._spans(routing.n_rows, 640, 1) == [(0, 256), (256, 512), (512, 640)]
+    for grouped in (False, True):
+        require_same_bits(problem.run(cache_dir, routing, grouped=grouped, overwrite=True), whole[grouped])
 
 
 def values(found) -> torch.Tensor:
