@@ -141,8 +141,7 @@ def _summed_rows(rows: QuantTensor, weight: QuantTensor, room: int, routing, pla
 
 
 def _columns_at_once(n_rows: int, width: int, item: int, unit: int, room: int) -> int:
-    """An even share of the columns, of ``item`` bytes a number, in whole units of the GEMM: what ``room`` bytes are
-    for, about."""
+    """An even share of the columns, ``item`` bytes a number, in whole units of the GEMM, for about ``room`` bytes."""
     pieces = min(_MOST_PIECES, math.ceil(item * n_rows * width / max(room, _LEAST_ROOM)))
     return -(-width // (max(pieces, 1) * unit)) * unit
 
@@ -155,8 +154,8 @@ def summed_down_projection(take_a, weights, routing, plan):
 
 
 def summed_up_projection_backward(dz, weights, routing, plan):
-    # What they take in one, less a sixth: with 32 experts of the reference's size there are two pieces, and what a step
-    # takes is less than in 16 bits.
+    # What the weights take in one orientation, less a sixth: at 8192 tokens and 32 experts of 3072 x 1536 there are two
+    # pieces, and a step takes less memory than in 16 bits.
     room = 5 * routing.n_experts * weights.hidden_size * weights.intermediate_size // 2
     return _summed_rows(dz.rows, weights.fp8.w1_t, room, routing, plan)
 

@@ -103,7 +103,7 @@ class WeightCopies:
             # An earlier call noted the weights and then did not get as far as copying them: forget what it noted.
             self._memory.state.zero_()
         self._unfinished = True
-        found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory)
+        found = triton_fingerprint.fingerprint(weights, table=self._table, memory=self._memory, repeatable=True)
         self._table = found.table
         self._made, copied = triton_quantize.quantize_weights_repeatable(
             weights, self.recipe.pow2, self._made, found.changed

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launch import address, beside
-from ..triton_launch import launch_repeatable
+from ..triton_launch import launch, launch_repeatable
 
 _ITEM_SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.uint8: 1}
 _LANES_WORDS = 256  # 16 bytes for each of 128 threads
@@ -179,7 +179,7 @@ class Fingerprint(NamedTuple):
     changed: Any  # [n] int32, on the device: 1 where the bytes differ from those of ``previous``
     state: Any  # [n, 2] int64, on the device: to be handed to the next call
     table: Table  # likewise; made anew whenever a tensor has moved
-    again: Any  # triton_launch.Again, for a call with memory about tensors that lie where they lay
+    again: Any = None  # triton_launch.Again, for a call with memory about tensors that lie where they lay
 
 
 class Memory(NamedTuple):
@@ -204,12 +204,14 @@ def make_memory(tensors) -> Memory:
 
 
 def fingerprint(
-    tensors, previous=None, table: Table | None = None, memory: Memory | None = None, in_place: bool = False
-) -> Fingerprint:
+    tensors, previous=None, table: Table | None = None, memory: Memory | None = None, in_place: bool = False,
+    repeatable: bool = False,
+) -> Fingerprint:  # fmt: skip
     """Hash each of the contiguous ``tensors`` (all on one device) and compare with ``previous``, an earlier call's
     ``state``; without one, or with zeros, all have changed. ``table`` of the earlier call saves the one copy to the
     device, as long as the tensors lie where they lay; ``in_place``: the caller knows that they do. With ``memory`` its
-    state is the previous one and takes the new one, and the next call writes what this one gave."""
+    state is the previous one and takes the new one, and the next call writes what this one gave. ``repeatable``: for
+    who wants ``again``."""
     if not in_place:
         places = _places(tensors)
         if table is None or table.places != places:
@@ -220,5 +222,8 @@ def fingerprint(
     state, changed, parts, arrived = memory
     previous = state if previous is None else previous
     operands = (table.rows, parts, arrived, previous, state, changed, len(table.places))
-    again = launch_repeatable(_hash_parts, table.n_parts, operands, {}, num_warps=4)
-    return Fingerprint(changed, state, table, again)
+    if repeatable:
+        again = launch_repeatable(_hash_parts, table.n_parts, operands, {}, num_warps=4)
+        return Fingerprint(changed, state, table, again)
+    launch(_hash_parts, table.n_parts, operands, {}, num_warps=4)
+    return Fingerprint(changed, state, table)

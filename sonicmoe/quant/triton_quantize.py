@@ -215,13 +215,18 @@ def quantize_weights(weights, pow2: bool = False, into=None, changed=None):
     ``into`` is what an earlier call gave, to be written again; with ``changed``, int32 on the device, as many for each
     weight, one for all experts or for each share of them, only where that is not 0.
     """
-    return quantize_weights_repeatable(weights, pow2, into, changed)[0]
+    return _launch_for_weights(launch, weights, pow2, into, changed)[0]
 
 
 def quantize_weights_repeatable(weights, pow2: bool, into=None, changed=None):
     """(what ``quantize_weights`` gives, what writes it again while contiguous weights lie where they lie:
     ``triton_launch.Again``, or None)."""
-    again = None
+    return _launch_for_weights(launch_repeatable, weights, pow2, into, changed)
+
+
+def _launch_for_weights(start, weights, pow2: bool, into, changed):
+    """(what was written, what ``start`` gave)."""
+    started = None
     if into is None:
         for weight in weights:
             _check("w", weight, 3, "[E, R, C]")
@@ -234,8 +239,8 @@ def quantize_weights_repeatable(weights, pow2: bool, into=None, changed=None):
             operands += (weight.contiguous(), *made)
         operands += [None] * (10 - len(operands)) + [changed, n_first, n_blocks]
         n_programs = min(_WEIGHT_PROGRAMS, n_blocks)
-        again = launch_repeatable(_quantize_weights, n_programs, tuple(operands), constants, num_warps=8)
-    return into, again
+        started = start(_quantize_weights, n_programs, tuple(operands), constants, num_warps=8)
+    return into, started
 
 
 @cache

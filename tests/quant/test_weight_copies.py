@@ -33,7 +33,8 @@ class Kernels:
 
         return run if self.repeats else None
 
-    def fingerprint(self, weights, table, memory):
+    def fingerprint(self, weights, table, memory, repeatable):
+        assert repeatable
         self.calls.append("look")
         return SimpleNamespace(table="table", changed="changed", again=self.again("look again"))
 
