@@ -23,7 +23,7 @@ from moe_bench import plot
 from moe_bench.protocol import Worker, WorkerFailed
 from moe_bench.providers import PROVIDERS, Provider, peer_sites
 from moe_bench.results import RIGHT, Table, gemm_rows, median_and_range, summary, verdict, worst
-from moe_bench.shapes import BACKWARD, CAPTURED, COLD, DENSE, KERNELS, NEW_TOKENS, SHAPES, WARM, Shape
+from moe_bench.shapes import BACKWARD, BENCHED, CAPTURED, COLD, DENSE, KERNELS, NEW_TOKENS, SHAPES, WARM, Shape
 
 
 class OutOfTime(Exception):
@@ -91,7 +91,8 @@ def key(kernel: str, provider: str, shape: Shape, loaded: dict) -> dict:
 
 
 def kernels_of(team: Team, name: str) -> tuple[str, ...]:
-    return (*KERNELS, CAPTURED) if team.args.captured and PROVIDERS[name].captures else KERNELS
+    captured = (CAPTURED,) if team.args.captured and PROVIDERS[name].captures else ()
+    return KERNELS + captured + ((BENCHED,) if team.args.do_bench else ())
 
 
 def load_and_check(team: Team, names: list[str], shape: Shape) -> tuple[dict, dict]:
@@ -115,7 +116,8 @@ def load_and_check(team: Team, names: list[str], shape: Shape) -> tuple[dict, di
 
 def time_in_turns(team: Team, names: list[str], kernel: str) -> dict[str, list[dict]]:
     turns: dict[str, list[dict]] = {name: [] for name in names}
-    for _ in range(team.args.rounds):
+    # A turn of do_bench is a median already, and has a rest before it.
+    for _ in range(min(team.args.rounds, 3) if kernel == BENCHED else team.args.rounds):
         for name in list(turns):
             reply = team.ask(name, "time", kernel=kernel, seconds=team.args.seconds)
             if reply is None:
@@ -147,7 +149,7 @@ def measure_shape(team: Team, names: list[str], shape: Shape, table: Table) -> l
     """Checks, times and memory of one shape, into the table and back as rows."""
     loaded, verdicts = load_and_check(team, names, shape)
     rows = []
-    for kernel in (*KERNELS, CAPTURED):
+    for kernel in (*KERNELS, CAPTURED, BENCHED):
         mine = {name: reply for name, reply in loaded.items() if kernel in kernels_of(team, name)}
         right = [name for name in mine if verdicts[name, kernel] == RIGHT and name in team.workers]
         turns = time_in_turns(team, right, kernel)
@@ -155,7 +157,7 @@ def measure_shape(team: Team, names: list[str], shape: Shape, table: Table) -> l
             row = key(kernel, name, shape, reply) | {"check": verdicts[name, kernel], "run": team.run}
             if turns.get(name):
                 row |= figures_of(turns[name], shape, kernel)
-                if kernel != CAPTURED:  # whose memory is the graph's, taken before
+                if kernel in KERNELS:  # a graph's memory is taken before
                     row |= team.ask(name, "memory", kernel=kernel) or {}
             rows.append(table.put(row))
     if team.args.dense:
@@ -171,7 +173,7 @@ def measure_shape(team: Team, names: list[str], shape: Shape, table: Table) -> l
 def add_busy(team: Team, names: list[str], shape: Shape, rows: list[dict], table: Table) -> None:
     """GPU time into rows that were timed. After all timing: a profiler that once was on slows later launches."""
     for name in names:
-        mine = [row for row in rows if row["provider"] == name and row["wall_ms"]]
+        mine = [row for row in rows if row["provider"] == name and row["wall_ms"] and row["kernel"] != BENCHED]
         if not mine or team.load(name, shape) is None:
             continue
         for row in mine:
@@ -302,6 +304,7 @@ def arguments(argv=None):
         "--env", action="append", default=[], metavar="PROVIDER:NAME=VALUE", help="for that provider alone"
     )
     parser.add_argument("--captured", action="store_true", help="ours as a CUDA graph as well")
+    parser.add_argument("--do-bench", action="store_true", help="a step as Triton's do_bench times it as well")
     parser.add_argument(
         "--dense", action="store_true", help="torch's dense products of the same sizes as well, and nothing else"
     )

@@ -81,13 +81,15 @@ constexpr int kPieceBytes = 64 * 128;  // that a bulk store moves: 64 rows of 12
 
 // ---- rows: y, rounded to 16 bits
 
-__device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me, const Unit& unit,
-                                  const float (&total)[1][96]) {
+template <int kSize>
+__device__ __forceinline__ void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* out, const Lane& me,
+                                           const Unit& unit, const float (&total)[1][kSize]) {
+  constexpr int kPieces = kSize / 32;
   begin_output(me);
   // Lane l gives the place of row l % 16 in the left or the right one of two neighbouring groups of eight columns.
   const int lane = opaque(me.lane), row = me.warp * 16 + lane % 16;
 #pragma unroll
-  for (int j = 0; j < 24; j += 2) {
+  for (int j = 0; j < 8 * kPieces; j += 2) {
     const int column = 8 * j + lane / 16 * 8, at = column % 64 * 2;
     const float* v = total[0] + 4 * j;
     const uint32_t pairs[4] = {two(v[0], v[1], p.half), two(v[2], v[3], p.half), two(v[4], v[5], p.half),
@@ -95,7 +97,7 @@ __device__ inline void store_rows(const Fp8Gemm& p, const Maps& maps, uint8_t* o
     store_matrices(shared_address(out + column / 64 * kPieceBytes + swizzled(row, at)), pairs);
   }
   if (end_output(me)) {
-    for (int piece = 0; piece < 3 && unit.alive; ++piece) {  // what lies behind the last column is not written
+    for (int piece = 0; piece < kPieces && unit.alive; ++piece) {  // what lies behind the last column is not written
       tensor_store(maps.d, out + piece * kPieceBytes, unit.column + piece * 64, unit.row + me.group * 64);
     }
     store_commit();

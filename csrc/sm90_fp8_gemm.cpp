@@ -58,6 +58,7 @@ struct Gemms {
     Fp8Gemm p = problem(a, a_scale, b + before, b_scale + before / (128 * 128) * sizeof(float), width, depth);
     p.b_rows = b_rows;
     p.d = at<void>(y);
+    p.d_columns = width;
     require(fp8_rows(p, at<void>(stream)));
   }
 

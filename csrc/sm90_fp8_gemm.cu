@@ -89,7 +89,9 @@ bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-const char* fp8_rows(const Fp8Gemm& p, void* stream) { return run<RowsKind>(p, stream); }
+const char* fp8_rows(const Fp8Gemm& p, void* stream) {
+  return run_rows(p, [stream](auto kind, const Fp8Gemm& part) { return run<decltype(kind)>(part, stream); });
+}
 const char* fp8_up(const Fp8Gemm& p, void* stream) { return run_clamped<UpKind>(p, stream); }
 const char* fp8_wgrad(const Fp8Gemm& p, void* stream) { return run<WgradKind>(p, stream); }
 const char* fp8_down_backward(const Fp8Gemm& p, void* stream) {

@@ -42,7 +42,7 @@ struct Fp8Gemm {
   int32_t n_slots;          // S
   int32_t n_experts;        // E
   int32_t height;           // wgrad P
-  int32_t d_columns;        // wgrad: from one row of D to the next; more than the width for some of its columns
+  int32_t d_columns;        // rows, wgrad: from one row of D to the next; more than the width for some of its columns
   int32_t d_rows;           // wgrad: from one expert of D to the next; more than the height for some of its rows
   int32_t width;            // N: rows N, up F, down_backward I, wgrad Q
   int32_t b_rows;           // from one expert of B to the next; more than the width for some of an expert's rows

@@ -43,7 +43,7 @@ __device__ void load_shared_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind
 }
 
 // Four warps. Each thread copies an eighth of eight tokens; the first one also loads this block's half of the weights for
-// both.
+// both, or its own weights.
 template <class Kind>
 __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Kind>& shared, int rank, int thread) {
   constexpr int kRows = 8, kApart = kTile / kRows;
@@ -72,7 +72,7 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       real |= (is_real ? 1u : 0u) << i;
       place[i] = (is_real ? p.gather[row] : 0) * pieces + piece;
     }
-    const int weight_row = unit.expert * p.width + unit.column + rank * (kTile / 2);
+    const int weight_row = unit.expert * p.width + unit.column;
     const uint8_t* source = static_cast<const uint8_t*>(p.a);
 #pragma unroll 1
     for (int step = 0; step < unit.steps; ++step, stage.advance(), source += kTile) {
@@ -80,10 +80,17 @@ __device__ void load_gathered_rows(const Fp8Gemm& p, const Maps& maps, Shared<Ki
       barrier_wait(base + offsetof(Shared<Kind>, empty) + s * sizeof(uint64_t), stage.round ^ 1);
       if (thread == 0) {
         barrier_expect(&shared.full[s], kTiles<Kind> * kOperandBytes);
-        uint8_t* half = shared.b[s] + rank * (kOperandBytes / 2);
-        for (int tile = 0; tile < kTiles<Kind>; ++tile) {
-          tensor_load_multicast(maps.b, &shared.full[s], half + tile * kOperandBytes, step * kTile,
-                                weight_row + tile * kTile, 3);
+        uint8_t* weights = shared.b[s];
+        if (unit.apart) {
+          for (int half = 0; half < 2 * kTiles<Kind>; ++half) {
+            tensor_load(maps.b, &shared.full[s], weights + half * (kOperandBytes / 2), step * kTile,
+                        weight_row + half * (kTile / 2));
+          }
+        } else {
+          for (int tile = 0; tile < kTiles<Kind>; ++tile) {
+            tensor_load_multicast(maps.b, &shared.full[s], weights + rank * (kOperandBytes / 2) + tile * kOperandBytes,
+                                  step * kTile, weight_row + rank * (kTile / 2) + tile * kTile, 3);
+          }
         }
       }
       const Address to = base + offsetof(Shared<Kind>, a) + s * Shared<Kind>::kABytes + target;

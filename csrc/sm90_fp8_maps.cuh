@@ -15,9 +15,25 @@ inline bool describe_weights(const Fp8Gemm& p, Maps& maps, uint32_t box_rows) {
   return describe(&maps.b, p.b, Item::kByte, rows, p.depth, box_rows);
 }
 
-inline bool make_maps(RowsKind, const Fp8Gemm& p, Maps& maps) {
-  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 64) && describe_weights(p, maps, RowsKind::kColumns) &&
-         describe(&maps.d, p.d, p.half ? Item::kHalf : Item::kBfloat, p.n_rows, p.width, 64);
+template <int kColumns>
+bool make_maps(RowsKind<kColumns>, const Fp8Gemm& p, Maps& maps) {
+  return describe(&maps.a, p.a, Item::kByte, p.n_rows, p.depth, 64) && describe_weights(p, maps, kColumns) &&
+         describe(&maps.d, p.d, p.half ? Item::kHalf : Item::kBfloat, p.n_rows, p.width, 64, p.d_columns);
+}
+
+// A GEMM of rows in tiles of 192 columns, and in tiles of 128 behind them for as many columns as those leave: two or four
+// such tiles make up for what two of 192 would waste. ``run`` is given a kind and a problem, and returns an error.
+template <class Run>
+const char* run_rows(const Fp8Gemm& p, Run run) {
+  const int blocks = p.width / kTile, left = blocks == 1 ? 1 : (3 - blocks % 3) % 3 * 2;
+  Fp8Gemm wide = p, narrow = p;
+  wide.width = p.width - left * kTile;
+  narrow.width = left * kTile;
+  narrow.b = static_cast<const uint8_t*>(p.b) + static_cast<int64_t>(wide.width) * p.depth;
+  narrow.b_scale = p.b_scale + static_cast<int64_t>(wide.width / kTile) * (p.depth / kTile);
+  narrow.d = static_cast<uint16_t*>(p.d) + wide.width;
+  const char* error = wide.width == 0 ? nullptr : run(RowsKind<192>(), wide);
+  return error != nullptr || left == 0 ? error : run(RowsKind<kTile>(), narrow);
 }
 
 template <bool kClamp>

@@ -28,9 +28,10 @@ constexpr int item_bytes(Item item) { return item == Item::kByte ? 1 : item == I
 //   kOutBytes       room for each warpgroup's results; kAlongBytes for what it makes of them for wgrad
 //   kLoaderRegisters  of a thread that loads; the others share the rest
 //   kClamp          swiglu's inputs are bounded
+template <int kColumns_>
 struct RowsKind {
   static constexpr bool kGather = false, kStrips = false, kAlone = false;
-  static constexpr int kColumns = 192, kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
+  static constexpr int kColumns = kColumns_, kRowTiles = 1, kColumnTiles = 1, kStages = 4, kLoaderRegisters = 40;
   static constexpr int kOutBytes = 24 * 1024, kAlongBytes = 0;
 };
 template <bool kClamp_>
@@ -155,43 +156,46 @@ struct Unit {
   int first_step, steps;    // along the summed dimension, in tiles
   int row_tiles;            // how many of kRowTiles there are
   bool alive;               // false for the spare block of a cluster at an edge: it works along and stores nothing
+  bool apart;               // where tokens are gathered: the cluster's blocks have the same tokens and weights of their own
 };
 
 // All roles of a cluster walk through the same list: no messages, and the order of sums never changes. It remembers
 // little and works out the rest: registers are dear. ``kWarps``: whole warps walk, and not one thread.
+//
+// What two blocks make at once lies side by side. Where tokens are gathered it lies one below the other, but side by side
+// as well for an expert's last tile of tokens where that has no neighbour.
 template <class Kind, bool kWarps = true>
 class Units {
  public:
   __device__ Units(const Fp8Gemm& p, int rank) : p_(p), rank_(rank), next_(blockIdx.x / 2) { open(0); }
 
   __device__ bool next(Unit& unit) {
-    while (next_ >= row_units() * column_units()) {
+    while (next_ >= pairs() + singles()) {
       if (expert_ + 1 == p_.n_experts) return false;
-      next_ -= row_units() * column_units();
+      next_ -= pairs() + singles();
       open(expert_ + 1);
     }
-    const int group = next_ / (kGroup * column_units()), inside = next_ - group * kGroup * column_units();
-    const int size = min(row_units() - group * kGroup, kGroup);
-    const int row_unit = group * kGroup + inside % size, column_unit = inside / size;
-    next_ += gridDim.x / 2;
     unit.expert = expert_;
     unit.first_step = 0;
     unit.steps = p_.depth / kTile;
-    int row = row_unit, column = column_unit;
-    if constexpr (Kind::kGather) {
-      row = 2 * row_unit + rank_;
-      column = Kind::kColumnTiles * column_unit;
-      unit.alive = row < row_tiles();
-      if (!unit.alive) --row;
+    unit.apart = Kind::kGather && next_ >= pairs();
+    int row, column;
+    if (unit.apart) {
+      row = row_tiles() - 1;
+      column = 2 * (next_ - pairs()) + rank_;
     } else {
-      column = 2 * column_unit + rank_;
-      unit.alive = column * Kind::kColumns < p_.width;
-      if (!unit.alive) --column;
+      const int group = next_ / (kGroup * column_units()), inside = next_ - group * kGroup * column_units();
+      const int size = min(row_units() - group * kGroup, kGroup);
+      row = (group * kGroup + inside % size) * kHigh + (Kind::kGather ? rank_ : 0);
+      column = inside / size;
+      if constexpr (!Kind::kGather) column = 2 * column + rank_;
     }
-    unit.column = column * Kind::kColumns;
-    unit.row_tiles = Kind::kGather ? 1 : min(row_tiles() - row * Kind::kRowTiles, Kind::kRowTiles);
-    row *= Kind::kRowTiles;
+    next_ += gridDim.x / 2;
+    unit.alive = column * kAcross < p_.width;
+    if (!unit.alive) --column;
+    unit.row_tiles = Kind::kGather ? 1 : min(row_tiles() - row, Kind::kRowTiles);
     unit.row = begin_ + row * kTile;
+    unit.column = column * kAcross;
     if constexpr (kWarps) {  // what divisions gave
       unit.row = uniform(unit.row);
       unit.column = uniform(unit.column);
@@ -205,12 +209,16 @@ class Units {
   }
 
  private:
-  // A unit is what a cluster makes: where tokens are gathered, its two blocks lie one below the other.
-  static constexpr int kHigh = Kind::kGather ? 2 : Kind::kRowTiles, kWide = Kind::kGather ? Kind::kColumnTiles : 2;
+  // Tiles of a unit one below the other, which is what a cluster makes; columns that a block makes, and a unit has.
+  static constexpr int kHigh = Kind::kGather ? 2 : Kind::kRowTiles;
+  static constexpr int kAcross = Kind::kColumnTiles * Kind::kColumns, kWide = Kind::kGather ? kAcross : 2 * kAcross;
 
   __device__ int row_tiles() const { return (Kind::kStrips ? p_.height : end_ - begin_) / kTile; }
-  __device__ int row_units() const { return (row_tiles() + kHigh - 1) / kHigh; }
-  __device__ int column_units() const { return (p_.width + kWide * Kind::kColumns - 1) / (kWide * Kind::kColumns); }
+  __device__ int row_units() const { return Kind::kGather ? row_tiles() / 2 : (row_tiles() + kHigh - 1) / kHigh; }
+  __device__ int column_units() const { return (p_.width + kWide - 1) / kWide; }
+  __device__ int pairs() const { return row_units() * column_units(); }
+  // Of an expert's last tile of tokens, if it has no neighbour.
+  __device__ int singles() const { return Kind::kGather && row_tiles() % 2 != 0 ? (column_units() + 1) / 2 : 0; }
 
   __device__ void open(int expert) {
     expert_ = expert;

@@ -32,7 +32,7 @@ def results(part):
 
 def figures(error=0.002, **changes):
     good = {name: [error, 1.0] for name in ("out", "dx", "drouter", "dw1", "dw2")} | changes
-    kernels = ("forward+backward", "forward+backward+main_grad", "forward+backward captured")
+    kernels = [f"forward+backward{how}" for how in ("", "+main_grad", " captured", " do_bench")]
     return {"figures": {"forward": {"out": good["out"]}} | dict.fromkeys(kernels, good), "adds_main_grad": True}
 
 
@@ -283,6 +283,18 @@ def test_captured_and_dense_rows(runner, tmp_path, capsys):
     assert runner(*options, "--no-busy", faults={OURS: {"check": wrong}}) == 1
     row = next(r for r in stored(path) if r["kernel"] == "forward+backward captured")
     assert row["check"].startswith("failed: dx") and row["wall_ms"] == ""
+
+
+def test_do_bench_rows(runner, tmp_path, capsys):
+    """Of everybody on request, compared like the others; a profiler has nothing to add."""
+    path = tmp_path / "moe.csv"
+    assert runner("--csv", str(path), "--do-bench", "--rounds", "4") == 0
+    rows = [r for r in stored(path) if r["kernel"] == "forward+backward do_bench"]
+    assert {(r["provider"], r["check"], r["wall_ms"], r["rounds"], r["gpu_us"], r["peak_mib"]) for r in rows} == {
+        (OURS, "ok", "1.0000", "3", "", ""),
+        (PEER, "ok", "2.0000", "3", "", ""),
+    }
+    assert "forward+backward do_bench, T" in capsys.readouterr().out
 
 
 def test_one_provider_alone(runner, capsys):

@@ -10,6 +10,9 @@ MAIN_GRAD = "forward+backward+main_grad"
 KERNELS = (FORWARD, BACKWARD, MAIN_GRAD)
 # BACKWARD as a CUDA graph: what is left of it where the host has nothing to do. On request, and only of those who can.
 CAPTURED = "forward+backward captured"
+# BACKWARD as Triton's do_bench times it: from a GPU at rest, for a tenth of a second, with an empty L2 cache at each
+# step. So published figures are often taken; under load a GPU is slower. On request.
+BENCHED = "forward+backward do_bench"
 # The same products as torch multiplies them, dense and nothing else. On request.
 DENSE = "dense GEMMs"
 COLD, WARM, NEW_TOKENS = "cold start", "warm start", "new token count"
@@ -20,6 +23,7 @@ OUTPUTS = {
     BACKWARD: ("out", "dx", "drouter", "dw1", "dw2"),
     MAIN_GRAD: ("out", "dx", "drouter", "dw1", "dw2"),
     CAPTURED: ("out", "dx", "drouter", "dw1", "dw2"),
+    BENCHED: ("out", "dx", "drouter", "dw1", "dw2"),
 }
 
 # Multiply-adds of each grouped GEMM, in units of T*K*H*I; an operation is half of one.

@@ -149,7 +149,9 @@ bool sm90::describe(CUtensorMap* map, const void* data, Item item, int64_t rows,
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && apart * bytes % 16 == 0 && rows > 0 && box_rows <= 256;
 }
 
-const char* fp8_rows(const Fp8Gemm& p, void*) { return run<RowsKind>(p); }
+const char* fp8_rows(const Fp8Gemm& p, void*) {
+  return run_rows(p, [](auto kind, const Fp8Gemm& part) { return run<decltype(kind)>(part); });
+}
 const char* fp8_up(const Fp8Gemm& p, void*) { return run_clamped<UpKind>(p); }
 const char* fp8_wgrad(const Fp8Gemm& p, void*) { return run<WgradKind>(p); }
 const char* fp8_down_backward(const Fp8Gemm& p, void*) {

@@ -10,7 +10,8 @@ from sonicmoe import jit
 
 # As the compiler writes them, those with a clamp apart from those without.
 CLAMPED = ("6UpKind", "16DownBackwardKind", "20WideDownBackwardKind")
-KERNELS = ("8RowsKind", "9WgradKind", *(f"{name}ILb{clamp}E" for name in CLAMPED for clamp in (0, 1)))
+ROWS = ("8RowsKindILi192E", "8RowsKindILi128E")
+KERNELS = (*ROWS, "9WgradKind", *(f"{name}ILb{clamp}E" for name in CLAMPED for clamp in (0, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -61,11 +61,24 @@ def test_rows(stages, storage):
     stages.compare_rows(storage)
 
 
-@pytest.mark.parametrize("h", [128, 256, 512, 640])
+@pytest.mark.parametrize("h", [128, 256, 512, 640, 896])
 def test_rows_of_any_width(module, monkeypatch, cache_dir, h):
-    """Tiles of 192 columns have the scales of two blocks of the weights, and the last one may go beyond them."""
+    """Tiles of 192 columns have the scales of two blocks of the weights, and those of 128 behind them begin where they
+    end."""
     fp8_emulator.install(monkeypatch, module, clusters=2)
     Stages(Fp8Problem(t=70, k=2, e=3, h=h, i=256, device=CPU), cache_dir, SUMS, CODES).compare_rows("bfloat16")
+
+
+@pytest.mark.parametrize("i", [256, 384])
+def test_a_tile_of_tokens_without_a_neighbour(module, monkeypatch, cache_dir, i):
+    """Both blocks of a cluster have it, with columns of their own; of an odd number one is left over."""
+    fp8_emulator.install(monkeypatch, module, clusters=2)
+    problem = Fp8Problem(t=400, k=3, e=5, h=256, i=i, routing="skewed", device=CPU)
+    stages = Stages(problem, cache_dir, SUMS, CODES)
+    tiles = {rows // 128 for rows in stages.routing.expert_offset.diff().tolist()}
+    assert 1 in tiles and any(count > 1 and count % 2 for count in tiles), tiles
+    stages.compare_up()
+    stages.compare_down_backward(fp8_wgrad=True)
 
 
 @pytest.mark.parametrize("fp8_wgrad", [True, False])
