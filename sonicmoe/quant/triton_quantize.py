@@ -185,8 +185,15 @@ def _quantize_weights(
 ):  # fmt: skip
     """``n_first`` blocks of the first weight, then those of the second, if there is one, whose flags begin at FLAGS. A
     few programs do all of them, so that it costs little where nothing has changed."""
-    number = tl.program_id(0)
-    while number < n_blocks:
+    number, end = tl.program_id(0), n_blocks
+    if changed is not None and FLAGS == 1:
+        # Without a look at each block: 128 experts have so many that nothing but looking took 50 us.
+        if w2 is None:
+            end = tl.where(tl.load(changed) != 0, n_blocks, 0)
+        else:
+            number += tl.where(tl.load(changed) != 0, 0, n_first)
+            end = tl.where(tl.load(changed + 1) != 0, n_blocks, n_first)
+    while number < end:
         if w2 is None:
             _weight_block(w1, data1, scale1, data1_t, scale1_t, changed, number, R1, C1, HELD, POW2)
         elif number < n_first:
