@@ -264,13 +264,13 @@ def profile(team: Team, name: str, shape: Shape) -> bool:
         return False
     busy = reply["gpu_us"]
     say(f"{name}, {BACKWARD}, T,H,I,E,K {shape}, {loaded[name]['device']}: GPU busy {busy:.1f} us")
-    say("  GEMM       us  TFLOP/s  kernel")
+    say("  GEMM          us  TFLOP/s  kernel")
     gemms = gemm_rows(shape, name, reply["sequence"])
     for gemm, us, rate, kernel in gemms:
-        say(f"  {gemm:<5}{us:>8.1f}{rate:>9.0f}  {kernel[:90]}")
+        say(f"  {gemm:<7}{us:>9.1f}{rate:>9.0f}  {kernel[:90]}")
     spent = sum(us for _, us, _, _ in gemms)
     say(
-        f"  all {spent:>8.1f}{shape.flops(BACKWARD) / spent / 1e6:>9.0f}"
+        f"  {'all':<7}{spent:>9.1f}{shape.flops(BACKWARD) / spent / 1e6:>9.0f}"
         if gemms
         else "  steps differ in their launches"
     )

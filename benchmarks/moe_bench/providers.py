@@ -79,7 +79,7 @@ PROVIDERS = {
             cosine=0.9965,
             adds_main_grad=True,
             captures=True,
-            gemms=("up", "down", "dA", "dx", "dW2", "dW1"),
+            gemms=("up", "down", "dA", "dx", "dW1", "dW2"),
             kernels=("UpKind", "RowsKind", "DownBackwardKind", "RowsKind", "WgradKind", "WgradKind"),
             env={"SONIC_MOE_FP8_MODE": "perf", "SONIC_MOE_FP8_WGRAD": "1"},
         ),

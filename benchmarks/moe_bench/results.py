@@ -154,34 +154,39 @@ def summary(rows: Iterable[Mapping]) -> tuple[list[str], int]:
 
 
 def gemm_rows(shape, provider: str, sequence: list) -> list[tuple[str, float, float, str]]:
-    """(GEMM, microseconds, TFLOP/s, kernel) for the grouped GEMMs of one forward and backward.
+    """(GEMM, microseconds, TFLOP/s, kernel) for the grouped GEMMs of one forward and backward; ``dW1+dW2`` where nobody
+    can tell which launches are whose.
 
     The provider's table says in which order they come. Where it names no kernels, they are the longest launches.
     """
     told = PROVIDERS[provider]
     if told.kernels:
-        parts = _in_parts(told.kernels, [launch for launch in sequence if any(k in launch[0] for k in told.kernels)])
+        ours = [launch for launch in sequence if any(kernel in launch[0] for kernel in told.kernels)]
+        parts = _by_kernel(told.gemms, told.kernels, ours)
     else:
         longest = sorted(range(len(sequence)), key=lambda i: -sequence[i][1])[: len(told.gemms)]
-        parts = [[sequence[place]] for place in sorted(longest)]
-    if len(parts) < len(told.gemms):
+        parts = [((gemm,), [sequence[place]]) for gemm, place in zip(told.gemms, sorted(longest), strict=False)]
+    if sum(len(gemms) for gemms, _ in parts) < len(told.gemms):
         return []
     found = []
-    for gemm, launches in zip(told.gemms, parts, strict=True):
-        us = sum(us for _, us in launches)
-        found.append((gemm, us, shape.gemm_flops(gemm) / us / 1e6, launches[0][0]))
+    for gemms, launches in parts:
+        us, flops = sum(us for _, us in launches), sum(shape.gemm_flops(gemm) for gemm in gemms)
+        found.append(("+".join(gemms), us, flops / us / 1e6, launches[0][0]))
     return found
 
 
-def _in_parts(kernels: tuple[str, ...], launches: list) -> list[list]:
-    """The launches of each GEMM. Neighbours with the same kernel share its launches evenly."""
+def _by_kernel(gemms: tuple[str, ...], kernels: tuple[str, ...], launches: list) -> list[tuple[tuple[str, ...], list]]:
+    """(GEMMs, their launches). Neighbours with the same kernel are apart if each is one launch, and else together: of
+    which they are more is not to be seen."""
     parts = []
-    for kernel, wanted in itertools.groupby(kernels):
-        count = len(list(wanted))
+    for kernel, group in itertools.groupby(zip(gemms, kernels, strict=True), key=lambda pair: pair[1]):
+        names = tuple(name for name, _ in group)
         mine = list(itertools.takewhile(lambda launch, kernel=kernel: kernel in launch[0], launches))
         launches = launches[len(mine) :]
-        each, rest = divmod(len(mine), count)
-        if each == 0 or rest:
+        if len(mine) < len(names):
             return []
-        parts += [mine[number * each : (number + 1) * each] for number in range(count)]
+        if len(mine) == len(names):
+            parts += [((name,), [launch]) for name, launch in zip(names, mine, strict=True)]
+        else:
+            parts.append((names, mine))
     return parts if not launches else []

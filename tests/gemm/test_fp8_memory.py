@@ -1,6 +1,8 @@
 """What the FP8 stages on Hopper hold at a time, with kernels that do nothing."""
 
+import importlib
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ pytestmark = pytest.mark.torch
 
 if torch:
     from sonicmoe import SonicMoEConfig
-    from sonicmoe.gemm import sm90_fp8
+    from sonicmoe.gemm import sm90_bf16, sm90_fp8
     from sonicmoe.gemm.api import GradBuffers
     from sonicmoe.gemm.plan import make_plan
 
@@ -23,6 +25,7 @@ def token_major(columns: int, rows: int):
     return torch.empty([columns, rows], dtype=E4M3), torch.empty([rows // 128, columns])
 
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROWS, HIDDEN, WIDTH, EXPERTS = 2048, 768, 256, 2
 
 
@@ -95,3 +98,14 @@ def test_pieces_are_few():
     assert at_once == [1536, 1536, 2304, 2304, 4224, 4224]
     assert sm90_fp8._columns_at_once(1 << 20, 4096, 2, 384, 0) == 1152, "at most four pieces"
     assert sm90_fp8._columns_at_once(0, 4096, 2, 384, 0) == 4224
+
+
+@pytest.mark.parametrize("stages", ["sm90_bf16", "sm90_fp8"])
+def test_the_benchmark_knows_which_gradient_comes_first(monkeypatch, stages):
+    """It tells launches by their order alone, and who makes dx first makes dW1, for whose operands there is room then,
+    before dW2."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    providers = importlib.import_module("moe_bench.providers").PROVIDERS
+    told = providers[stages.replace("sm90", "sonicmoe").replace("_", "-")].gemms
+    dx_first = {"sm90_bf16": sm90_bf16, "sm90_fp8": sm90_fp8}[stages].DX_FIRST
+    assert told[3:] == (("dx", "dW1", "dW2") if dx_first else ("dW2", "dx", "dW1"))
