@@ -13,22 +13,33 @@ import torch
 ROW_TILES, WGRAD_TILES = (128, 160, 192), (120, 128, 152)  # columns
 
 
-class DeepGemm:
-    """Its kernels for one shape, every expert of which has rows. ``deepgemm``, ``cutlass``: checkouts with headers."""
+def _library(folder: str, hidden: int, intermediate: int, experts: int) -> pathlib.Path:
+    return pathlib.Path(folder, f"deepgemm-{hidden}-{intermediate}-{experts}.so")
 
-    def __init__(self, deepgemm: str, cutlass: str, problem, folder: str):
+
+def build(deepgemm: str, cutlass: str, sizes: set[tuple[int, int, int]], blocks: int, folder: str) -> None:
+    """A library for each (hidden, intermediate, experts), of which its kernels are made, side by side: nvcc takes its
+    time. ``deepgemm``, ``cutlass``: checkouts with headers; ``blocks``: the device's multiprocessors."""
+    source = pathlib.Path(__file__).with_suffix(".cu")
+    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-w", "--expt-relaxed-constexpr"]
+    command += [f"-I{deepgemm}/deep_gemm/include", f"-I{cutlass}/include", "-shared", "-Xcompiler", "-fPIC"]
+    compilers = []
+    for hidden, intermediate, experts in sizes:
+        facts = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "EXPERTS": experts, "MULTIPROCESSORS": blocks}
+        target = [*(f"-D{name}={value}" for name, value in facts.items())]
+        target += ["-o", str(_library(folder, hidden, intermediate, experts)), str(source)]
+        compilers.append(subprocess.Popen([*command, *target]))
+    if any([compiler.wait() for compiler in compilers]):
+        raise RuntimeError("nvcc failed at DeepGEMM's kernels")
+
+
+class DeepGemm:
+    """Its kernels for one shape, every expert of which has rows, from a folder in which they were built."""
+
+    def __init__(self, problem, folder: str):
         p = problem
-        library = pathlib.Path(folder, f"deepgemm-{p.h}-{p.i}-{p.e}.so")
+        self.library = ctypes.CDLL(str(_library(folder, p.h, p.i, p.e)))
         blocks = torch.cuda.get_device_properties(p.x.device).multi_processor_count
-        defines = {"HIDDEN": p.h, "INTERMEDIATE": p.i, "EXPERTS": p.e, "MULTIPROCESSORS": blocks}
-        command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-w"]
-        command += ["--expt-relaxed-constexpr"]
-        command += [f"-I{deepgemm}/deep_gemm/include", f"-I{cutlass}/include", "-shared", "-Xcompiler", "-fPIC"]
-        command += [f"-D{name}={value}" for name, value in defines.items()]
-        source = pathlib.Path(__file__).with_suffix(".cu")
-        if not library.exists():
-            subprocess.run([*command, "-o", str(library), str(source)], check=True)
-        self.library = ctypes.CDLL(str(library))
         self.offsets = p.routing.expert_offset.tolist()
         lengths = [end - begin for begin, end in zip(self.offsets, self.offsets[1:], strict=False)]
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=p.x.device)

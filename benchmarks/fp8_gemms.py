@@ -17,8 +17,8 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import deepgemm
 import torch
-from deepgemm import DeepGemm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from sonicmoe import SonicMoEConfig
@@ -193,6 +193,16 @@ def their_calls(theirs, p, name):
     return theirs.wgrad(name, *operands[name]) if name in operands else theirs.rows(name, *row_operands(p)[name])
 
 
+def write(path: str | None, rows: list[dict]) -> None:
+    if path is None:
+        return
+    with open(path, "w", newline="", encoding="utf-8") as target:
+        names = ["kernel", "shape", "provider", "tile", "error", "us", "tflops", "mhz", "watts", "device"]
+        table = csv.DictWriter(target, names)
+        table.writeheader()
+        table.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,H,I,E,K")
@@ -218,9 +228,13 @@ def main() -> int:
         return row | {"mhz": found["mhz"], "watts": found["watts"]}
 
     with tempfile.TemporaryDirectory() as folder:
+        if args.deepgemm:
+            sizes = {tuple(map(int, shape.split(",")[1:4])) for shape in args.shapes}
+            blocks = torch.cuda.get_device_properties(0).multi_processor_count
+            deepgemm.build(args.deepgemm, args.cutlass, sizes, blocks, folder)
         for shape in args.shapes:
             p = problem(*map(int, shape.split(",")))
-            theirs = DeepGemm(args.deepgemm, args.cutlass, p, folder) if args.deepgemm else None
+            theirs = deepgemm.DeepGemm(p, folder) if args.deepgemm else None
             for name, call, units, result, wanted in cases(p):
                 if args.only and name not in args.only:
                     continue
@@ -238,12 +252,7 @@ def main() -> int:
                     print("  ".join(f"{value:>14}" for value in row.values()), flush=True)
                 rows += [row | {"device": device} for row in found]
             del p, theirs
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as target:
-            names = ["kernel", "shape", "provider", "tile", "error", "us", "tflops", "mhz", "watts", "device"]
-            table = csv.DictWriter(target, names)
-            table.writeheader()
-            table.writerows(rows)
+            write(args.csv, rows)  # what there is stays if the next shape is cut off
     return 1 if wrong else 0
 
 
